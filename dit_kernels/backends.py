@@ -1,0 +1,163 @@
+"""Which backend serves which op, how one is chosen for a call, and why one is missing.
+
+A backend is one module `dit_kernels/ops/<op>/<backend>.py` with three functions that take the
+registered op's arguments in its schema's order:
+
+    supports(...) -> str | None     None, or the reason why this call cannot be served
+    forward(...)  -> list[Tensor]
+    backward(...) -> list[Tensor]
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+
+# op -> the backends that "auto" tries, first to last; the reference serves what none of them takes
+TABLE: dict[str, tuple[str, ...]] = {
+    "adaln": (),
+    "qk_norm_rope": (),
+    "attention3d": (),
+    "patch_embed": (),
+    "unpatchify": (),
+    "final_layer": (),
+    "feed_forward": (),
+}
+NAMES = ("auto", "reference", "triton", "cuda")
+# not a backend: the formula as people write it, in the inputs' dtype and with torch's own autograd.
+# The accuracy rule and the benchmarks compare with it (`dit_kernels.testing.plain_torch`).
+PLAIN = "plain torch"
+
+
+class _PerThread(threading.local):
+    """What `use_backend` set. Not a ContextVar: Dynamo cannot trace one."""
+
+    name = ""
+
+
+_local = _PerThread()
+
+
+class use_backend:
+    """Context manager: every op called inside uses the named backend unless its own `backend=` says otherwise.
+
+    Args:
+        name: "auto", "reference", "triton" or "cuda". It holds for the current thread.
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+
+    def __init__(self, name: str) -> None:
+        check_name("use_backend", name)
+        self.name = name
+
+    def __enter__(self) -> use_backend:
+        self.previous = _local.name
+        _local.name = self.name
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _local.name = self.previous
+
+
+def check_name(caller: str, name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{caller}: backend must be one of {', '.join(NAMES)}; got {name!r}")
+
+
+def requested(caller: str, backend: str | None) -> str:
+    """The name asked for by argument or context; "" leaves it to the environment variable.
+
+    The variable is read inside the op (see `select`), where torch.compile does not look.
+    """
+    if backend is not None:
+        check_name(caller, backend)
+        return backend
+    return _local.name
+
+
+def select(op: str, name: str, args: tuple[Any, ...]) -> ModuleType:
+    """The backend module that serves this call.
+
+    Raises:
+        RuntimeError: the backend asked for by name is not there or cannot serve this call.
+    """
+    if not name:
+        name = os.environ.get("DIT_KERNELS_BACKEND", "auto")
+        check_name(f"{op}: DIT_KERNELS_BACKEND", name)
+    if name == "auto":
+        for candidate in TABLE[op]:
+            if unavailable(candidate) is None:
+                module = load(op, candidate)
+                if module.supports(*args) is None:
+                    return module
+        return load(op, "reference")
+    if name != "reference":
+        reason = (
+            unavailable(name)
+            or (None if name in TABLE[op] else "it has no kernel for this op in this version")
+            or load(op, name).supports(*args)
+        )
+        if reason:
+            raise RuntimeError(f"{op}: backend {name!r} cannot serve this call: {reason}")
+    return load(op, name)
+
+
+@functools.cache
+def load(op: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"dit_kernels.ops.{op}.{backend}")
+
+
+@functools.cache
+def unavailable(backend: str) -> str | None:
+    """Why no op can use the backend on this machine, or None."""
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            return "there is no GPU, and TRITON_INTERPRET=1 is not set"
+    if backend == "cuda" and importlib.util.find_spec("dit_kernels._C") is None:
+        return "the extension dit_kernels._C is not built"
+    return None
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One line of `dit-kernels info`: a backend, the ops it serves, and what to do where it is missing."""
+
+    name: str
+    available: bool
+    ops: tuple[str, ...]
+    reason: str
+    fix: str
+
+
+def report() -> list[BackendStatus]:
+    """Every backend with its state on this machine."""
+    fixes = {
+        "the package triton is not installed": 'pip install "triton>=3.6"',
+        "there is no GPU, and TRITON_INTERPRET=1 is not set": (
+            "run on a machine with a GPU; TRITON_INTERPRET=1 runs the kernels slowly on the CPU"
+        ),
+    }
+    lines = [BackendStatus("reference", True, tuple(TABLE), "", "")]
+    for name in NAMES[2:]:
+        ops = tuple(op for op, names in TABLE.items() if name in names)
+        reason = (unavailable(name) or "") if ops else "this version has no kernels for it"
+        fix = fixes.get(reason, "use backend='reference'") if reason else ""
+        lines.append(BackendStatus(name, not reason, ops, reason, fix))
+    return lines

@@ -1,0 +1,1 @@
+"""Text to video on moving handwritten digits: data, training, sampling, evaluation, files."""

@@ -1,0 +1,156 @@
+"""Does the video show what its caption asked for?
+
+The judge shares nothing with the model: a support vector machine fitted on the real scans reads
+the digit in the frames, and the direction is that of the measured shift of the ink. The same judge
+on real clips of held-out handwriting says how far it can be trusted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from dit_kernels.video.digits import (
+    DIGIT_SIZE,
+    DIRECTIONS,
+    SPEED,
+    MovingDigit,
+    MovingDigits,
+    all_captions,
+    load_scans,
+    parse_caption,
+)
+from dit_kernels.video.model import TextToVideo
+from dit_kernels.video.sampling import generate
+
+WINDOW = DIGIT_SIZE + 2  # the classifier's view: a digit and a pixel around it
+FAINT = 0.15  # ink below this is the background's noise
+
+
+@dataclasses.dataclass
+class Score:
+    """How many of `total` videos showed the asked digit, and moved the asked way."""
+
+    total: int = 0
+    digits: int = 0
+    directions: int = 0
+    digits_by_digit: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+
+    def add(self, asked: MovingDigit, seen: MovingDigit) -> None:
+        """Count one video; digits_by_digit[d] is [read right, asked for]."""
+        right = asked.digit == seen.digit
+        self.total += 1
+        self.digits += right
+        self.directions += asked.direction == seen.direction
+        count = self.digits_by_digit.setdefault(asked.digit, [0, 0])
+        count[0] += right
+        count[1] += 1
+
+
+def centre_of_ink(ink: np.ndarray) -> np.ndarray:
+    """Centre of mass of a frame [Y, X] as (y, x), on a torus: a digit may cross an edge."""
+    centre = []
+    for axis, length in enumerate(ink.shape):
+        weights = ink.sum(axis=1 - axis)
+        turn = np.exp(2j * math.pi * np.arange(length) / length)
+        centre.append(np.angle((weights * turn).sum()) * length / (2 * math.pi) % length)
+    return np.array(centre)
+
+
+def motion_of(ink: np.ndarray) -> np.ndarray:
+    """Mean shift a frame, (dy, dx) in pixels, of frames [F, Y, X]."""
+    size = np.array(ink.shape[1:])
+    centres = np.stack([centre_of_ink(frame) for frame in ink])
+    shifts = (np.diff(centres, axis=0) + size / 2) % size - size / 2  # the short way round
+    return shifts.mean(axis=0)
+
+
+def direction_of(motion: np.ndarray) -> str:
+    """The direction nearest to a motion (dy, dx), or "still" below half a digit's speed."""
+    if np.abs(motion).max() < SPEED / 2:
+        return "still"
+    return max(DIRECTIONS, key=lambda name: float(np.dot(DIRECTIONS[name], motion)))
+
+
+def ink_of(video: torch.Tensor) -> np.ndarray:
+    """Ink [F, Y, X] in [0, 1] of a video [1, F, Y, X] in [-1, 1], without faint background."""
+    ink = ((video.float().mean(0) + 1) / 2).clamp(0, 1).cpu().numpy()
+    return np.where(ink < FAINT, 0, ink)
+
+
+def centred_window(ink: np.ndarray) -> np.ndarray:
+    """The [WINDOW, WINDOW] part of a frame [Y, X] around its centre of ink."""
+    frame = np.pad(ink, [(0, max(0, WINDOW - length)) for length in ink.shape])
+    shift = np.array(frame.shape) // 2 - np.round(centre_of_ink(frame)).astype(int)
+    top, left = (length // 2 - WINDOW // 2 for length in frame.shape)
+    return np.roll(frame, shift, axis=(0, 1))[top : top + WINDOW, left : left + WINDOW]
+
+
+class DigitReader:
+    """Reads the digit of a clip: a support vector machine fitted on the training scans."""
+
+    def __init__(self) -> None:
+        from sklearn.svm import SVC
+
+        scans, digits = load_scans("train")
+        windows = [centred_window(np.pad(scan, DIGIT_SIZE)) for scan in scans]
+        self.classifier = SVC(C=10, gamma="scale").fit(
+            np.stack(windows).reshape(len(scans), -1), digits
+        )
+
+    def read(self, ink: np.ndarray) -> int:
+        """The digit that the frames [F, Y, X] show, by the sum of their decisions."""
+        windows = np.stack([centred_window(frame) for frame in ink]).reshape(len(ink), -1)
+        votes = self.classifier.decision_function(windows).sum(axis=0)
+        return int(self.classifier.classes_[votes.argmax()])
+
+
+@functools.cache
+def digit_reader() -> DigitReader:
+    """The one reader; fitting it takes a second."""
+    return DigitReader()
+
+
+def watch(video: torch.Tensor) -> MovingDigit:
+    """What a video [1, F, Y, X] in [-1, 1] shows; its direction may be "still"."""
+    ink = ink_of(video)
+    direction = direction_of(motion_of(ink)) if len(ink) > 1 else "still"
+    return MovingDigit(digit_reader().read(ink), direction)
+
+
+def score_generated(
+    model: TextToVideo,
+    count: int = 200,
+    *,
+    steps: int = 30,
+    guidance: float = 2.5,
+    seed: int = 0,
+    batch_size: int = 40,
+    on_videos: Callable[[int], None] = lambda count: None,
+) -> Score:
+    """Generate count videos, going round all captions of the grammar, and watch them."""
+    grammar = all_captions()
+    asked = [grammar[i % len(grammar)] for i in range(count)]
+    score = Score()
+    for first in range(0, count, batch_size):
+        captions = asked[first : first + batch_size]
+        videos = generate(model, captions, steps=steps, guidance=guidance, seed=seed + first)
+        for caption, video in zip(captions, videos, strict=True):
+            score.add(parse_caption(caption), watch(video))
+        on_videos(len(captions))
+    return score
+
+
+def score_real(count: int = 200, *, frames: int = 8, size: int = 32, seed: int = 0) -> Score:
+    """Watch count real clips of handwriting that neither model nor judge was fitted on."""
+    data = MovingDigits(frames, size, seed=seed, split="test")
+    score = Score()
+    for index in range(count):
+        video, caption = data[index]
+        score.add(parse_caption(caption), watch(video))
+    return score

@@ -1,0 +1,225 @@
+"""Training: the loss, the averaged weights, checkpoints, and runs that were interrupted."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dit_kernels.video import training
+from dit_kernels.video.checkpoints import read_checkpoint, write_checkpoint
+from dit_kernels.video.model import ModelConfig, TextToVideo
+from dit_kernels.video.training import (
+    CHECKPOINT_NAME,
+    Trainer,
+    TrainingConfig,
+    TrainingDiverged,
+    flow_matching_loss,
+    train,
+)
+
+SMALL = ModelConfig(
+    size=16, frames=4, hidden_size=32, depth=2, num_heads=2, text_dim=32, text_depth=1
+)
+RUN = TrainingConfig(steps=6, batch_size=4, warmup_steps=2, checkpoint_every=3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The machine's other work must not decide how fast these tests are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def everything(trainer, folder):
+    trainer.save(folder / "all.safetensors")
+    return read_checkpoint(folder / "all.safetensors")
+
+
+def assert_equal_runs(one, other):
+    assert one[1] == other[1]
+    assert one[0].keys() == other[0].keys()
+    for name, tensor in one[0].items():
+        assert torch.equal(tensor, other[0][name]), name
+
+
+def test_the_loss_is_that_of_the_velocity():
+    torch.manual_seed(0)
+    clean, noise, predicted = torch.randn(3, 2, 1, 4, 8, 8, dtype=torch.float64)
+    t = torch.tensor([0.3, 0.9], dtype=torch.float64)
+    s = t[:, None, None, None, None]
+    x_t = (1 - s) * clean + s * noise
+    velocity = noise - clean
+    implied = (x_t - predicted) / s
+    expected = (implied - velocity).square().mean()
+    loss = flow_matching_loss(predicted, clean, t)
+    torch.testing.assert_close(loss, expected.float(), check_dtype=False)
+
+
+def test_the_loss_stays_bounded_where_there_is_no_noise():
+    clean = torch.zeros(1, 1, 4, 8, 8)
+    loss = flow_matching_loss(clean + 0.05, clean, torch.zeros(1))
+    torch.testing.assert_close(loss, torch.tensor(1.0))
+
+
+def test_the_loss_falls():
+    trainer = Trainer(SMALL, dataclasses.replace(RUN, steps=60, batch_size=8, warmup_steps=10))
+    losses = [trainer.step() for _ in range(60)]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_a_run_depends_on_its_seed_alone(tmp_path):
+    runs = []
+    for seed, noise_outside in ((1, 0), (1, 99), (2, 0)):
+        torch.manual_seed(noise_outside)  # the caller's generator is neither read nor moved
+        trainer = Trainer(SMALL, dataclasses.replace(RUN, seed=seed))
+        trainer.step()
+        expected = torch.Generator().manual_seed(noise_outside)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=expected))
+        runs.append(everything(trainer, tmp_path))
+    assert_equal_runs(runs[0], runs[1])
+    weight = "model.text.embedding.weight"
+    assert not torch.equal(runs[0][0][weight], runs[2][0][weight])
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
+    unbroken = Trainer(SMALL, RUN)
+    train(unbroken, tmp_path / "unbroken")
+
+    first = Trainer(SMALL, RUN)
+    for _ in range(3):
+        first.step()
+    first.save(tmp_path / CHECKPOINT_NAME)
+    first.step()  # lost with the process, and must leave no trace
+    resumed = Trainer.load(tmp_path / CHECKPOINT_NAME)
+    assert resumed.step_number == 3
+    train(resumed, tmp_path / "resumed")
+
+    assert_equal_runs(everything(unbroken, tmp_path), everything(resumed, tmp_path))
+    files = [
+        read_checkpoint(tmp_path / run / "model.safetensors") for run in ("unbroken", "resumed")
+    ]
+    assert_equal_runs(*files)
+
+
+def test_a_killed_process_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    program = f"""
+import os, signal, torch
+from dit_kernels.video.model import ModelConfig
+from dit_kernels.video.training import Trainer, TrainingConfig, train
+torch.set_num_threads(1)
+def on_step(done, loss):
+    if done == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+train(Trainer({SMALL!r}, {RUN!r}), {str(tmp_path)!r}, on_step)
+"""
+    killed = subprocess.run([sys.executable, "-c", program], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = Trainer.load(tmp_path / CHECKPOINT_NAME)
+    assert resumed.step_number == 3
+    train(resumed, tmp_path)
+    unbroken = Trainer(SMALL, RUN)
+    train(unbroken, tmp_path / "unbroken")
+    assert_equal_runs(everything(unbroken, tmp_path), everything(resumed, tmp_path))
+
+
+def test_the_average_follows_the_weights():
+    trainer = Trainer(SMALL, dataclasses.replace(RUN, ema_decay=0.5))
+    expected = {name: p.clone() for name, p in trainer.ema.named_parameters()}
+    for step in range(3):
+        trainer.step()
+        decay = min(0.5, (1 + step) / (10 + step))
+        for name, parameter in trainer.model.named_parameters():
+            expected[name].lerp_(parameter.detach(), 1 - decay)
+    for name, parameter in trainer.ema.named_parameters():
+        torch.testing.assert_close(parameter, expected[name])
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    trainer = Trainer(SMALL, dataclasses.replace(RUN, steps=100, warmup_steps=10))
+    rates = []
+    for trainer.step_number in range(101):
+        rates.append(trainer._rate())
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0)
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+
+
+def test_captions_are_dropped_at_the_asked_rate():
+    trainer = Trainer(SMALL, dataclasses.replace(RUN, batch_size=400, caption_dropout=0.25))
+    _, captions, t, _ = trainer._draw()
+    assert 60 < captions.count("") < 140
+    assert ((t > 0) & (t < 1)).all()
+    assert 0.65 < t.mean() < 0.80  # logit-normal, mean 1.2: more noise than not
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_weights(tmp_path, monkeypatch):
+    trainer = Trainer(SMALL, RUN)
+    loss = training.flow_matching_loss
+    monkeypatch.setattr(
+        training,
+        "flow_matching_loss",
+        lambda *args: loss(*args) * (float("nan") if trainer.step_number == 4 else 1),
+    )
+    with pytest.raises(TrainingDiverged, match="the loss became nan at step 4") as error:
+        train(trainer, tmp_path)
+    assert str(tmp_path / CHECKPOINT_NAME) in str(error.value)
+    assert Trainer.load(tmp_path / CHECKPOINT_NAME).step_number == 3
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    write_checkpoint(path, {"a": torch.ones(3)}, {"step": 1})
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        write_checkpoint(path, {"a": torch.zeros(3)}, {"step": 2})
+    tensors, settings = read_checkpoint(path)
+    assert settings == {"step": 1}
+    assert torch.equal(tensors["a"], torch.ones(3))
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_what_is_not_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        read_checkpoint(tmp_path / "none")
+    (tmp_path / "text").write_text("hello" * 10)
+    with pytest.raises(ValueError, match="is not a checkpoint of this package"):
+        read_checkpoint(tmp_path / "text")
+    write_checkpoint(tmp_path / "other", {"a": torch.ones(1)}, {})
+    with pytest.raises(ValueError, match="is not a training checkpoint"):
+        Trainer.load(tmp_path / "other")
+    with pytest.raises(ValueError, match="has no text-to-video model in it"):
+        TextToVideo.load(tmp_path / "other")
+
+
+def test_a_model_is_read_from_a_training_checkpoint_and_from_a_model_file(tmp_path):
+    trainer = Trainer(SMALL, RUN)
+    path = train(trainer, tmp_path)
+    for file in (tmp_path / CHECKPOINT_NAME, path):
+        model = TextToVideo.load(file)
+        assert model.config == SMALL
+        assert not model.training
+        for name, parameter in model.named_parameters():
+            averaged = trainer.ema.get_parameter(name)
+            kept = averaged if file != path else averaged.half().float()
+            assert torch.equal(parameter, kept), name
+
+
+def test_a_checkpoint_of_a_later_version_says_so(tmp_path):
+    model = TextToVideo(SMALL)
+    settings = dataclasses.asdict(SMALL) | {"colour": "red"}
+    write_checkpoint(tmp_path / "later", model.state_dict(), {"model": settings})
+    with pytest.raises(ValueError, match="settings this version does not know: colour"):
+        TextToVideo.load(tmp_path / "later")
