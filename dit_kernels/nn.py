@@ -446,7 +446,7 @@ class TimestepEmbedder(nn.Module):
         wave = timestep_embedding(
             t, self.frequency_embedding_size, self.max_period, self.frequency_shift
         )
-        return self.mlp(wave.to(self.mlp[0].weight.dtype))
+        return self.mlp(wave.to(next(self.mlp.parameters()).dtype))
 
 
 class AttentionPool(nn.Module):
@@ -654,7 +654,7 @@ class _TimestepLabelEmbeddings(nn.Module):
     def forward(
         self, timestep: Tensor, labels: Tensor, hidden_dtype: torch.dtype | None = None
     ) -> Tensor:
-        mlp = self.timestep_embedder
+        mlp: Any = self.timestep_embedder
         wave = timestep_embedding(timestep, 256, frequency_shift=1.0)
         temb = mlp.linear_2(F.silu(mlp.linear_1(wave.to(hidden_dtype or wave.dtype))))
         return temb + self.class_embedder(labels)

@@ -158,9 +158,11 @@ class DiT(nn.Module):
         nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        t_mlp: Any = self.t_embedder.mlp
+        for layer in (t_mlp[0], t_mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
-        zero: list[nn.Linear] = [self.final_layer.linear, self.final_layer.adaLN_modulation[1]]
+        zero: list[Any] = [self.final_layer.linear, self.final_layer.adaLN_modulation[1]]
+        block: Any
         for block in self.blocks:
             zero.append(block.adaLN_modulation[1])
             if block.has_text_stream:

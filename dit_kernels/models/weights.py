@@ -104,7 +104,7 @@ def from_diffusers(module: nn.Module) -> DiT:
         frequency_shift=1.0,
         norm2_eps=config.norm_eps,
     )
-    target = {"pos_embed": model.pos_embed}
+    target: dict[str, Any] = {"pos_embed": model.pos_embed}
     for ours, theirs in (
         ("x_embedder.proj", "pos_embed.proj"),
         ("t_embedder.mlp.0", embedder.format(0) + "timestep_embedder.linear_1"),

@@ -41,7 +41,7 @@ def check_int32(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be on {like.device}; got {tensor.device}")
 
 
-def check_choice(op: str, name: str, value: str, choices: Sequence[str | None]) -> None:
+def check_choice(op: str, name: str, value: str | None, choices: Sequence[str | None]) -> None:
     if value not in choices:
         raise ValueError(
             f"{op}: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}"
@@ -83,6 +83,14 @@ def check_modulation(
             f"{op}: {name} must be [B, C], [B, G, C] with G | N, or [B, N, C];"
             f" got {list(got)} for x {list(shape)}"
         )
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast would compute in on the tensor's device, or None outside of it."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None:

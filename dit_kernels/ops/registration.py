@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from dit_kernels import backends
+from dit_kernels.ops.arguments import autocast_dtype
 
 _library = torch.library.Library("dit_kernels", "DEF")
 
@@ -76,6 +77,8 @@ class FusedOp:
         )
         self.forward_op = getattr(torch.ops.dit_kernels, name).default
         self.backward_op = getattr(torch.ops.dit_kernels, f"{name}_backward").default
+        self.function: Any
+        self.function_with_jvp: Any
         self.function, self.function_with_jvp = _autograd_functions(self)
         # torch's FlopCounterMode sees the op's matrix products
         register_flop_formula(self.forward_op.overloadpacket, get_raw=True)(self._forward_flops)
@@ -156,7 +159,9 @@ def vjp(
             else (t.view_as(t) if create_graph else t.detach().requires_grad_())
             for t, need in zip(tensors, needs, strict=True)
         ]
-        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+        wanted = [
+            leaf for leaf, need in zip(leaves, needs, strict=True) if need and leaf is not None
+        ]
         outputs = forward(*leaves, *statics, False)
         # an output that no wanted input reaches has no graph
         pairs = [
@@ -193,8 +198,9 @@ def jvp(
             full[i] = value
         return tuple(forward(*full, *statics, False))
 
-    outputs, pull = torch.func.vjp(moved, *(tensors[i] for i in moving))
-    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(out) for out in outputs))
+    outputs, pull = torch.func.vjp(moved, *(tensors[i] for i in moving))  # type: ignore[misc]
+    zeros = tuple(torch.zeros_like(out) for out in outputs)
+    _, push = torch.func.vjp(pull, zeros)  # type: ignore[misc]
     return list(push(tuple(tangents[i] for i in moving))[0])
 
 
@@ -232,8 +238,8 @@ def _autograd_functions(op: FusedOp) -> tuple[type, type]:
                 result = backward_op(
                     list(grads), *tensors, list(saved), *ctx.statics, needs, ctx.name
                 )
-            result = iter(result)
-            return (None, None, *(next(result) if need else None for need in needs)) + (None,) * (
+            found = iter(result)
+            return (None, None, *(next(found) if need else None for need in needs)) + (None,) * (
                 len(ctx.statics) + 1
             )
 
@@ -259,7 +265,7 @@ def _no_autocast(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     """The reference is exact: autocast must not round the matrix products inside it."""
     for arg in args:
         if isinstance(arg, Tensor):
-            if torch.is_autocast_enabled(arg.device.type):
+            if autocast_dtype(arg) is not None:
                 return torch.autocast(arg.device.type, enabled=False)
             break
     return contextlib.nullcontext()

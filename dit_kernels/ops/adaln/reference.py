@@ -103,7 +103,7 @@ def forward(
 
 def eager(*args: Any) -> list[Tensor]:
     """The formula as people write it: what the accuracy rule compares with."""
-    return forward(*args[:-1], "eager", False)
+    return forward(*args[:-1], rounding="eager", stats=False)  # type: ignore[misc]
 
 
 def _norm(x: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dit_kernels.ops.arguments import check_float, check_int32, check_range, triple
+from dit_kernels.ops.arguments import autocast_dtype, check_float, check_int32, check_range, triple
 from dit_kernels.ops.attention3d import reference
 from dit_kernels.ops.registration import FusedOp
 
@@ -78,8 +78,8 @@ def attention3d(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{NAME}: {name} must be [B, N, H, D]; got {list(x.shape)}")
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q)
+    if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(

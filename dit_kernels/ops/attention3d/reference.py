@@ -30,7 +30,7 @@ class _Tokens(NamedTuple):
     """Where each token is: [N] each."""
 
     sequence: Tensor  # index of its sequence in a packed batch, else 0
-    index: Tensor  # within its sequence
+    offset: Tensor  # within its sequence
     text: Tensor  # bool
     text_index: Tensor  # among the text tokens
     position: tuple[Tensor, Tensor, Tensor]  # (t, h, w) of a patch
@@ -164,14 +164,16 @@ def _visibility(
     if k.shape[1] != q.shape[1]:
         keys = _locate(k, cu_seqlens, grid, text_tokens, text_first)
     valid = torch.ones(1, k.shape[1], dtype=torch.bool, device=k.device)
-    for lens, index, bound in (
+    for limits, offset, bound in (
         (text_lens, keys.text_index, keys.text),
-        (kv_lens, keys.index, torch.ones_like(keys.text)),
+        (kv_lens, keys.offset, torch.ones_like(keys.text)),
     ):
-        if lens is not None:
+        if limits is not None:
             # packed: each key has its own sequence's length; else [B, 1] against [N']
-            limit = lens.long()[keys.sequence] if cu_seqlens is not None else lens.long()[:, None]
-            valid = valid & ((index < limit) | ~bound)
+            limit = (
+                limits.long()[keys.sequence] if cu_seqlens is not None else limits.long()[:, None]
+            )
+            valid = valid & ((offset < limit) | ~bound)
 
     def seen(rows: slice) -> Tensor:
         def of(x: Tensor) -> Tensor:
@@ -183,8 +185,8 @@ def _visibility(
                 start = window_start(
                     queries.position[axis], queries.length[axis], window_size[axis], stride[axis]
                 )
-                offset = keys.position[axis][None] - of(start)
-                near = near & (offset >= 0) & (offset < window_size[axis])
+                inside = keys.position[axis][None] - of(start)
+                near = near & (inside >= 0) & (inside < window_size[axis])
         if causal_time:
             near = near & (keys.position[0][None] <= of(queries.position[0]))
         near = near | of(queries.text) | keys.text[None]

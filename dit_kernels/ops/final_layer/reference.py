@@ -45,7 +45,7 @@ def forward(
 
 def eager(x: Tensor, *args: Any) -> list[Tensor]:
     """The formula computed in the input\'s own dtype: what the accuracy rule compares with."""
-    return _layer(x, *args, x.dtype)
+    return _layer(x, *args, dtype=x.dtype)  # type: ignore[misc]
 
 
 def _layer(

@@ -32,7 +32,7 @@ def forward(
 
 def eager(*args: Any) -> list[Tensor]:
     """The same permutation."""
-    return forward(*args, False)
+    return forward(*args, stats=False)  # type: ignore[misc]
 
 
 def cost(tokens: Tensor, *args: Any) -> dict[str, tuple[int, int]]:
