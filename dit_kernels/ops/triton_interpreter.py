@@ -1,0 +1,107 @@
+"""Correct bfloat16 for Triton's interpreter. Imported only under TRITON_INTERPRET=1.
+
+The interpreter keeps bfloat16 as raw uint16. Upstream (3.6 to 3.9) it truncates float32 -> bfloat16
+instead of rounding to nearest even, and computes sums, products and `tl.dot` on the raw bits. Here the
+conversion rounds, `tl.dot` widens its operands, and every other arithmetic on bfloat16 is an error:
+a kernel computes in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.runtime import interpreter
+
+_builder = interpreter.InterpreterBuilder
+
+
+def install() -> None:
+    """Once a process; a second call does nothing."""
+    if interpreter._convert_float is _convert_float:
+        return
+    interpreter._convert_float = _convert_float
+    _builder.create_dot = _create_dot
+    _builder.cast_impl = _cast_impl
+    for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_erf", "create_rsqrt"):
+        setattr(_builder, name, _not_on_bfloat16(getattr(_builder, name)))
+    _builder.create_atomic_rmw = _not_on_bfloat16(_builder.create_atomic_rmw)
+    interpreter.ReduceScanOpInterface.apply = _not_on_bfloat16(
+        interpreter.ReduceScanOpInterface.apply
+    )
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+_upstream_convert_float = interpreter._convert_float
+_upstream_cast_impl = _builder.cast_impl
+_upstream_create_dot = _builder.create_dot
+_upstream_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 as uint16 -> float32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def narrow(values: np.ndarray, to_zero: bool = False) -> np.ndarray:
+    """float32 -> bfloat16 as uint16, to nearest even."""
+    bits = np.array(values, dtype=np.float32, order="C").view(np.uint32)
+    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    if not to_zero:
+        bits = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+    return np.where(nan, np.uint16(0x7FC0), (bits >> np.uint32(16)).astype(np.uint16))
+
+
+def _convert_float(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+    if source == tl.float32 and target == tl.bfloat16:
+        return narrow(values, to_zero=rounding == ir.ROUNDING_MODE.RTZ)
+    if source == tl.bfloat16 and target == tl.float32:
+        return widen(values)
+    if tl.bfloat16 in (source, target):
+        raise _error(f"conversion {source} -> {target}")
+    return _upstream_convert_float(values, source, target, rounding)
+
+
+def _cast_impl(self: Any, source: Any, target: Any) -> Any:
+    pair = (source.dtype.scalar, target.scalar)
+    if tl.bfloat16 in pair and tl.float32 not in pair and pair[0] != pair[1]:
+        raise _error(f"conversion {pair[0]} -> {pair[1]}")
+    return _upstream_cast_impl(self, source, target)
+
+
+def _create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+    if d.dtype.scalar == tl.bfloat16:
+        raise _error("tl.dot with a bfloat16 accumulator")
+    a, b = (
+        interpreter.TensorHandle(widen(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t
+        for t in (a, b)
+    )
+    return _upstream_create_dot(self, a, b, d, *options)
+
+
+def _not_on_bfloat16(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def checked(self: Any, *args: Any) -> Any:
+        selects = any(arg is np.where for arg in args)  # moves bits and computes nothing
+        operands = args[0] if args and isinstance(args[0], tuple) else args
+        for operand in () if selects else operands:
+            dtype = getattr(operand, "dtype", None)
+            if isinstance(dtype, tl.dtype) and dtype.scalar == tl.bfloat16:
+                raise _error(method.__name__)
+        return method(self, *args)
+
+    return checked
+
+
+def _error(what: str) -> TypeError:
+    return TypeError(f"the Triton interpreter has no bfloat16 for {what}: convert to float32 first")
+
+
+def _patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+    _upstream_patch_lang_tensor(tensor, *scope)
+    # a scalar is an array of one element, which int() no longer takes since numpy 2.4 (triton 3.6)
+    tensor.__index__ = lambda self: int(self.handle.data.item())

@@ -1,0 +1,63 @@
+"""What every `triton.py` shares: where its kernels can run, and how one is launched."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# Triton reads TRITON_INTERPRET when a kernel is decorated, so it holds for the process
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+if INTERPRETED:
+    from dit_kernels.ops import triton_interpreter
+
+    triton_interpreter.install()
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def unsupported(tensors: Sequence[Tensor | None]) -> str | None:
+    """Why no Triton kernel can take these tensors, or None: their device, and float64."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not (tensor.is_cuda or INTERPRETED):
+            return f"its tensors are on {tensor.device}, and Triton's kernels run on a GPU"
+        if tensor.dtype == torch.float64:
+            return "float64 is computed by the reference backend only"
+    return None
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """How many thread blocks run side by side at least; a fixed number where there is no GPU."""
+    if tensor.is_cuda:
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return 132
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """`kernel[grid](*args, **options)` on the device of the first tensor; nothing for an empty grid.
+
+    Every launch of the package goes through here: tests and the audit replace it.
+    Floating-point fusion is always explicit: Triton 3.10 flips its default.
+    """
+    if 0 in grid:
+        return
+    options.setdefault("enable_fp_fusion", True)
+    with _device_of(args):
+        kernel[grid](*args, **options)
+
+
+def _device_of(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.is_cuda and arg.device.index != torch.cuda.current_device():
+                return torch.cuda.device(arg.device)
+            break
+    return contextlib.nullcontext()
