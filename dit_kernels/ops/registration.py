@@ -95,6 +95,8 @@ class FusedOp:
     ) -> Sequence[Tensor]:
         """Run the op. `outputs` counts the differentiable ones; `save` lists outputs the backward reads."""
         name = backends.requested(self.name, backend)
+        if torch.compiler.is_compiling():
+            tensors = _distinct(tensors)
         if name == backends.PLAIN:
             return self.reference.eager(*tensors, *statics)[:outputs]
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
@@ -119,7 +121,7 @@ class FusedOp:
         module = backends.select(self.name, name, (*tensors, *statics))
         if module is not self.reference:
             return module.backward(grads, *tensors, saved, *statics, needs)
-        with _no_autocast(tensors):
+        with _no_autocast(tensors), _autograd_on():
             backward = getattr(module, "backward", None)
             if backward is not None:
                 result = backward(grads, tensors, statics, needs)
@@ -261,6 +263,15 @@ def _autograd_functions(op: FusedOp) -> tuple[type, type]:
     return Fused, FusedWithJvp
 
 
+def _distinct(tensors: Tensors) -> Tensors:
+    """Dynamo cannot trace a Function that gets one tensor twice (k = v, say): later ones become views."""
+    found: list[Tensor | None] = []
+    for tensor in tensors:
+        again = any(tensor is earlier for earlier in found if earlier is not None)
+        found.append(tensor.view_as(tensor) if again and tensor is not None else tensor)
+    return tuple(found)
+
+
 def _no_autocast(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     """The reference is exact: autocast must not round the matrix products inside it."""
     for arg in args:
@@ -269,6 +280,24 @@ def _no_autocast(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
                 return torch.autocast(arg.device.type, enabled=False)
             break
     return contextlib.nullcontext()
+
+
+def _autograd_on() -> contextlib.AbstractContextManager[Any]:
+    """The reference backward differentiates its formula, also where the caller has excluded autograd.
+
+    AOTAutograd runs an inference graph below autograd: without this a compiled function that holds the
+    backward op would silently get zeros.
+    """
+    keys = torch._C.DispatchKey
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in (
+        keys.AutogradFunctionality,
+        keys.AutogradOther,
+        keys.AutogradNestedTensor,
+        keys.ADInplaceOrView,
+    ):
+        exclude = exclude.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude)
 
 
 def _owned(result: Tensor, args: Sequence[Any]) -> Tensor:

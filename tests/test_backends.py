@@ -1,0 +1,144 @@
+"""Choice of a backend: argument over context over environment, and never silently another."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+from dit_kernels import backends, ops, use_backend
+
+X = torch.randn(1, 4, 8)
+
+
+def fake_backend(reason=None):
+    """A backend that marks its result with sevens."""
+    module = types.ModuleType("dit_kernels.ops.feed_forward.triton")
+    module.supports = lambda *args: reason
+    module.forward = lambda x, bias, act, stats: [torch.full_like(x, 7.0)]
+    module.backward = lambda grads, x, bias, saved, act, needs: [torch.full_like(x, 5.0)]
+    return module
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    def install(reason=None):
+        monkeypatch.setitem(
+            sys.modules, "dit_kernels.ops.feed_forward.triton", fake_backend(reason)
+        )
+        monkeypatch.setitem(backends.TABLE, "feed_forward", ("triton",))
+        monkeypatch.setattr(backends, "unavailable", lambda name: None)
+        backends.load.cache_clear()
+
+    yield install
+    backends.load.cache_clear()
+
+
+def served_by_fake(**options):
+    return bool((ops.gelu_bias(X, **options) == 7).all())
+
+
+def test_auto_takes_the_first_that_supports_the_call(installed):
+    installed()
+    assert served_by_fake()
+    assert served_by_fake(backend="auto")
+    assert not served_by_fake(backend="reference")
+
+
+def test_auto_falls_back_to_the_reference(installed):
+    installed(reason="x is too small")
+    assert not served_by_fake()
+
+
+def test_a_backend_asked_for_by_name_never_falls_back(installed):
+    installed(reason="x is too small")
+    with pytest.raises(
+        RuntimeError, match="feed_forward: backend 'triton' cannot serve this call: x is too small"
+    ):
+        ops.gelu_bias(X, backend="triton")
+    with use_backend("triton"), pytest.raises(RuntimeError, match="x is too small"):
+        ops.gelu_bias(X)
+
+
+def test_argument_over_context_over_environment(installed, monkeypatch):
+    installed()
+    monkeypatch.setenv("DIT_KERNELS_BACKEND", "reference")
+    assert not served_by_fake()
+    with use_backend("triton"):
+        assert served_by_fake()
+        assert not served_by_fake(backend="reference")
+        with use_backend("reference"):
+            assert not served_by_fake()
+        assert served_by_fake()
+    assert not served_by_fake()
+
+
+def test_the_context_ends_with_an_exception(installed, monkeypatch):
+    installed()
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert served_by_fake()
+
+
+def test_backward_runs_on_the_backend_of_the_forward(installed):
+    installed()
+    x = X.clone().requires_grad_()
+    with use_backend("triton"):
+        y = ops.gelu_bias(x)
+    with use_backend("reference"):
+        (grad,) = torch.autograd.grad(y.sum(), x)
+    assert (grad == 5).all()
+
+
+def test_the_context_holds_inside_torch_compile(installed):
+    installed()
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def inside(x):
+        with use_backend("reference"):
+            first = ops.gelu_bias(x)
+        return first, ops.gelu_bias(x)
+
+    first, second = inside(X)
+    assert not (first == 7).all()
+    assert (second == 7).all()
+    outside = torch.compile(lambda x: ops.gelu_bias(x), fullgraph=True, backend="aot_eager")
+    assert (outside(X) == 7).all()
+    with use_backend("reference"):
+        assert not (outside(X) == 7).all()
+
+
+def test_wrong_names(monkeypatch):
+    with pytest.raises(
+        ValueError,
+        match="use_backend: backend must be one of auto, reference, triton, cuda; got 'cpu'",
+    ):
+        use_backend("cpu")
+    monkeypatch.setenv("DIT_KERNELS_BACKEND", "fast")
+    with pytest.raises(
+        ValueError, match="DIT_KERNELS_BACKEND: backend must be one of auto, reference, triton, cuda; got 'fast'"
+    ):
+        ops.gelu_bias(X)
+
+
+def test_a_missing_backend_says_why(monkeypatch):
+    monkeypatch.setitem(backends.TABLE, "feed_forward", ())
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    with pytest.raises(
+        RuntimeError, match="'cuda' cannot serve this call: it has no kernel for this op"
+    ):
+        ops.gelu_bias(X, backend="cuda")
+    monkeypatch.setattr(backends, "unavailable", lambda name: "there is no GPU")
+    with pytest.raises(RuntimeError, match="'triton' cannot serve this call: there is no GPU"):
+        ops.gelu_bias(X, backend="triton")
+
+
+def test_report_names_every_backend_with_reason_and_remedy():
+    lines = {line.name: line for line in backends.report()}
+    assert set(lines) == {"reference", "triton", "cuda"}
+    assert lines["reference"].available
+    for line in lines.values():
+        assert line.available or (line.reason and line.fix)
