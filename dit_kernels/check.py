@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +27,17 @@ class Row:
         return self.error <= self.allowed
 
 
-def run(device: str | None = None) -> Iterator[Row]:
-    """Measure every op's example inputs, float32, bfloat16 and float16, forward and backward.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def run(device: str | None = None, dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Row]:
+    """Measure every op's example inputs in each dtype, forward and backward.
 
     A backend is measured on the cases that it supports.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     names = [b.name for b in backends.report() if b.available]
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in dtypes:
         for case in testing.cases(dtype, device):
             for name in names:
                 if name != "reference" and name not in backends.TABLE[case.op]:

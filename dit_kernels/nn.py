@@ -628,8 +628,8 @@ def timestep_embedding(
 ) -> Tensor:
     """[cos(t f_i), sin(t f_i)] for t [...], float32 [..., dim]; see `TimestepEmbedder`."""
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - frequency_shift)
-    angle = t[..., None].float() * torch.exp(-math.log(max_period) * exponent)
+    exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = t[..., None].float() * torch.exp(exponent / (half - frequency_shift))
     wave = torch.cat((angle.cos(), angle.sin()), dim=-1)
     return F.pad(wave, (0, 1)) if dim % 2 else wave
 

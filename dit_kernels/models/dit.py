@@ -351,7 +351,8 @@ class DiT(nn.Module):
     def _rotation(self, grid: Grid, device: torch.device) -> dict[str, Any]:
         if self.pos_embed is not None:
             return {}
-        cos, sin = _rope_table(grid, self.rope_dims, self.rope_theta, device)
+        make = ops.rope_3d if torch.compiler.is_compiling() else _rope_table
+        cos, sin = make(grid, self.rope_dims, self.rope_theta, device=device)
         return {"cos": cos, "sin": sin, "rope_len": cos.shape[0]}
 
     def _packed_rotation(
@@ -442,7 +443,8 @@ def rope_split(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * space, space, space
 
 
-# Tables are made once a grid. A table made under inference_mode could not be saved for backward later.
+# Tables are made once a grid, in eager mode: Dynamo traces the making and warns about a cache. A table
+# made under inference_mode could not be saved for backward later.
 @functools.lru_cache(maxsize=64)
 def _rope_table(
     grid: Grid, dims: tuple[int, ...], theta: float, device: torch.device
@@ -499,20 +501,21 @@ _SIZES = {  # hidden size, depth, heads
 
 def _image(size: str, patch: int, **options: Any) -> DiT:
     hidden, depth, heads = _SIZES[size]
-    defaults = {"input_size": (1, 32, 32), "in_channels": 4, "num_classes": 1000}
-    return DiT(
-        patch_size=(1, patch, patch), hidden_size=hidden, depth=depth, num_heads=heads,
-        **{**defaults, **options},
-    )  # fmt: skip
+    defaults = {
+        "input_size": (1, 32, 32), "patch_size": (1, patch, patch), "in_channels": 4,
+        "hidden_size": hidden, "depth": depth, "num_heads": heads, "num_classes": 1000,
+    }  # fmt: skip
+    return DiT(**{**defaults, **options})
 
 
 def _video(size: str, **options: Any) -> DiT:
     hidden, depth, heads = _SIZES[size]
     defaults = {
-        "input_size": (16, 32, 32), "patch_size": (1, 2, 2), "in_channels": 16, "learn_sigma": False,
+        "input_size": (16, 32, 32), "patch_size": (1, 2, 2), "in_channels": 16,
+        "hidden_size": hidden, "depth": depth, "num_heads": heads, "learn_sigma": False,
         "pos_embed": "rope", "qk_norm": "rms", "text_dim": 1024, "text_mode": "cross",
     }  # fmt: skip
-    return DiT(hidden_size=hidden, depth=depth, num_heads=heads, **{**defaults, **options})
+    return DiT(**{**defaults, **options})
 
 
 # name -> constructor; any argument of DiT can be given in place of the named configuration's

@@ -225,12 +225,13 @@ def _autograd_functions(op: FusedOp) -> tuple[type, type]:
             ctx.mark_non_differentiable(*output[outputs:])
             ctx.set_materialize_grads(False)
             ctx.statics = tuple(args[n:-1])
-            ctx.name = args[-1]
+            ctx.backend_name = args[-1]
             ctx.outputs = outputs
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            tensors, saved = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+            unpacked = ctx.saved_tensors  # once: activation checkpointing allows no second time
+            tensors, saved = unpacked[:n], unpacked[n:]
             grads = grads[: ctx.outputs]
             needs = [bool(need) for need in ctx.needs_input_grad[2 : 2 + n]]
             if not torch.compiler.is_compiling() and torch.is_grad_enabled():
@@ -238,7 +239,7 @@ def _autograd_functions(op: FusedOp) -> tuple[type, type]:
                 result = vjp(formula, grads, tensors, ctx.statics, needs, create_graph=True)
             else:
                 result = backward_op(
-                    list(grads), *tensors, list(saved), *ctx.statics, needs, ctx.name
+                    list(grads), *tensors, list(saved), *ctx.statics, needs, ctx.backend_name
                 )
             found = iter(result)
             return (None, None, *(next(found) if need else None for need in needs)) + (None,) * (

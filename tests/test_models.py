@@ -1,0 +1,439 @@
+"""The DiT: the paper's sizes, the weights of others, every conditioning, packed batches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dit_kernels import models
+from dit_kernels.models import DiT, DiT_models
+
+# Peebles & Xie 2023, table 4: GFLOPs (one per multiply-add) and millions of parameters at 256 x 256
+PAPER = {
+    "DiT-S/8": (0.36, 33), "DiT-S/4": (1.41, 33), "DiT-S/2": (6.06, 33),
+    "DiT-B/8": (1.42, 131), "DiT-B/4": (5.56, 130), "DiT-B/2": (23.01, 130),
+    "DiT-L/8": (5.01, 459), "DiT-L/4": (19.70, 458), "DiT-L/2": (80.71, 458),
+    "DiT-XL/8": (7.39, 676), "DiT-XL/4": (29.05, 675), "DiT-XL/2": (118.64, 675),
+}  # fmt: skip
+
+
+def small(**options):
+    """A little model whose every weight is random, the zero-initialised ones too."""
+    defaults = {
+        "input_size": (4, 8, 8), "patch_size": (1, 2, 2), "in_channels": 3, "hidden_size": 64, "depth": 2,
+        "num_heads": 2,
+    }  # fmt: skip
+    model = DiT(**{**defaults, **options}).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_table(name):
+    gflops, millions = PAPER[name]
+    with torch.device("meta"):
+        model = DiT_models[name]().eval()
+        inputs = (torch.zeros(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        assert model(*inputs).shape == (1, 8, 32, 32)
+    ours = counter.get_total_flops() / 2e9
+    # the table is rounded to two digits, and counts the few operations outside matrix products in its own way
+    assert abs(ours - gflops) <= max(0.006, 3e-4 * gflops), (ours, gflops)
+
+
+@pytest.mark.parametrize("name", ["video-S", "video-B", "video-L", "video-XL"])
+def test_video_configurations(name):
+    with torch.device("meta"):
+        model = DiT_models[name]().eval()
+        x, t, text = torch.zeros(1, 16, 4, 8, 8), torch.zeros(1), torch.zeros(1, 5, 1024)
+    assert model(x, t, text=text).shape == x.shape
+
+
+def test_any_argument_of_a_named_configuration_can_be_given():
+    model = DiT_models["DiT-S/8"](depth=1, num_classes=None, input_size=(1, 64, 32))
+    assert len(model.blocks) == 1
+    assert model(torch.randn(1, 4, 64, 32), torch.zeros(1)).shape == (1, 8, 64, 32)
+
+
+def original_state_dict(depth=2, width=64, classes=10, patch=2, channels=4, size=8):
+    """Random weights under the original's names, with its 4-D patch embedding and its pos_embed."""
+    tokens, mlp = (size // patch) ** 2, 4 * width
+    shapes = {
+        "pos_embed": (1, tokens, width),
+        "x_embedder.proj.weight": (width, channels, patch, patch),
+        "x_embedder.proj.bias": (width,),
+        "t_embedder.mlp.0.weight": (width, 256), "t_embedder.mlp.0.bias": (width,),
+        "t_embedder.mlp.2.weight": (width, width), "t_embedder.mlp.2.bias": (width,),
+        "y_embedder.embedding_table.weight": (classes + 1, width),
+        "final_layer.linear.weight": (patch * patch * 2 * channels, width),
+        "final_layer.linear.bias": (patch * patch * 2 * channels,),
+        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
+        "final_layer.adaLN_modulation.1.bias": (2 * width,),
+    }  # fmt: skip
+    for i in range(depth):
+        for name, shape in {
+            "attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (mlp, width),
+            "mlp.fc2": (width, mlp), "adaLN_modulation.1": (6 * width, width),
+        }.items():  # fmt: skip
+            shapes[f"blocks.{i}.{name}.weight"] = shape
+            shapes[f"blocks.{i}.{name}.bias"] = shape[:1]
+    return {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+
+
+def original_forward(sd, x, t, y, heads=2, patch=2):
+    """The original DiT's forward from its state dict, in plain torch."""
+    F = nn.functional
+    width = sd["x_embedder.proj.bias"].shape[0]
+
+    def linear(name, x):
+        return F.linear(x, sd[f"{name}.weight"], sd[f"{name}.bias"])
+
+    def modulated(x, shift, scale):
+        return F.layer_norm(x, (width,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    frequency = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    angle = t[:, None].float() * frequency[None]
+    c = linear("t_embedder.mlp.0", torch.cat((angle.cos(), angle.sin()), dim=-1))
+    c = linear("t_embedder.mlp.2", F.silu(c)) + sd["y_embedder.embedding_table.weight"][y]
+    h = F.conv2d(x, sd["x_embedder.proj.weight"], sd["x_embedder.proj.bias"], stride=patch)
+    h = h.flatten(2).transpose(1, 2) + sd["pos_embed"]
+    for i in range(sum(name.endswith("attn.qkv.weight") for name in sd)):
+        block = f"blocks.{i}."
+        rows = linear(block + "adaLN_modulation.1", F.silu(c)).chunk(6, dim=1)
+        qkv = linear(block + "attn.qkv", modulated(h, rows[0], rows[1]))
+        q, k, v = qkv.reshape(*h.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+        a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
+        h = h + rows[2][:, None] * linear(block + "attn.proj", a)
+        m = F.gelu(linear(block + "mlp.fc1", modulated(h, rows[3], rows[4])), approximate="tanh")
+        h = h + rows[5][:, None] * linear(block + "mlp.fc2", m)
+    shift, scale = linear("final_layer.adaLN_modulation.1", F.silu(c)).chunk(2, dim=1)
+    h = linear("final_layer.linear", modulated(h, shift, scale))
+    side = int(h.shape[1] ** 0.5)
+    h = h.reshape(h.shape[0], side, side, patch, patch, -1)
+    return torch.einsum("nhwpqc->nchpwq", h).reshape(h.shape[0], -1, side * patch, side * patch)
+
+
+def original_model():
+    return DiT(
+        input_size=(1, 8, 8), in_channels=4, hidden_size=64, depth=2, num_heads=2, num_classes=10
+    ).eval()
+
+
+def test_the_original_dits_weights():
+    sd, model = original_state_dict(), original_model()
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 17, 999]), torch.tensor([1, 9, 10])
+    expected = original_forward(sd, x, t, y)
+    model.load_state_dict(models.load_original(sd))
+    assert (model(x, t, y) - expected).abs().max() <= 1e-5
+    other = original_model()
+    other.load_state_dict(sd)
+    assert torch.equal(other(x, t, y), model(x, t, y))
+    checkpoint = {"model": {}, "ema": sd, "opt": {}, "args": None}
+    model.load_state_dict(models.load_original(checkpoint))
+
+
+def test_the_original_dits_position_table():
+    """get_2d_sincos_pos_embed: half of the channels for w, half for h, sines first."""
+    model = original_model()
+    table = model.pos_embed[0].view(4, 4, 64)
+    for h, w in ((0, 0), (1, 3), (3, 2)):
+        for half, position in ((0, w), (1, h)):
+            part = table[h, w, 32 * half : 32 * (half + 1)]
+            frequency = 10000.0 ** -(torch.arange(16) / 16)
+            close(part, torch.cat(((position * frequency).sin(), (position * frequency).cos())))
+
+
+def diffusers_model(**options):
+    from diffusers import DiTTransformer2DModel
+
+    config = {
+        "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 8,
+        "num_layers": 3, "sample_size": 8, "num_embeds_ada_norm": 10,
+    }  # fmt: skip
+    theirs = DiTTransformer2DModel(**{**config, **options}).eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return theirs
+
+
+def tied(theirs):
+    """As real checkpoints have it: one embedder of time and class, repeated in every block."""
+    for block in theirs.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
+    return theirs
+
+
+@pytest.mark.parametrize("out_channels", [8, None])
+def test_diffusers_dit(out_channels):
+    theirs = tied(diffusers_model(out_channels=out_channels))
+    ours = models.from_diffusers(theirs)
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 17, 999]), torch.tensor([1, 9, 10])
+    with torch.no_grad():
+        assert (ours(x, t, y) - theirs(x, t, y).sample).abs().max() <= 1e-5
+        exact = ours.double()(x.double(), t, y) - theirs.double()(x.double(), t, y).sample
+    # the sinusoidal embedding is float32 in both
+    assert exact.abs().max() <= 1e-6
+
+
+def test_from_diffusers_says_what_it_cannot_take():
+    with pytest.raises(TypeError, match="must be a DiTTransformer2DModel; got Linear"):
+        models.from_diffusers(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="block 1 must embed time and class as block 0 does"):
+        models.from_diffusers(diffusers_model())
+    with pytest.raises(ValueError, match="activation_fn 'geglu' has no counterpart"):
+        models.from_diffusers(tied(diffusers_model(activation_fn="geglu")))
+
+
+def test_safetensors_round_trip(tmp_path):
+    model = small(num_classes=5, pos_embed="rope", qk_norm="rms", window_size=(2, 2, 2))
+    path = tmp_path / "model.safetensors"
+    models.save(model, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    again = models.load(path).eval()
+    assert again.config == models.load(path).config
+    x, t, y = torch.randn(1, 3, 4, 8, 8), torch.rand(1), torch.tensor([2])
+    assert torch.equal(again(x, t, y), model(x, t, y))
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="has no DiT configuration in its metadata"):
+        models.load(tmp_path / "other.safetensors")
+
+
+CONDITIONS = {
+    "none": {},
+    "class": {"num_classes": 5},
+    "pooled": {"text_dim": 24},
+    "cross": {"text_dim": 24, "text_mode": "cross"},
+    "joint": {"text_dim": 24, "text_mode": "joint"},
+}
+POSITIONS = {"sincos": {}, "rope": {"pos_embed": "rope", "qk_norm": "rms"}}
+WINDOWS = {"dense": {}, "window": {"window_size": (2, 3, 3), "window_every": 2}}
+
+
+def conditions(kind, samples):
+    if kind == "class":
+        return {"y": torch.arange(samples)}
+    if kind == "none":
+        return {}
+    return {
+        "text": torch.randn(samples, 6, 24),
+        "text_mask": torch.arange(6) < torch.tensor([[3], [6]]),
+    }
+
+
+@pytest.mark.parametrize("kind", CONDITIONS)
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_every_condition_matters_and_padding_does_not(kind, position, window):
+    model = small(**CONDITIONS[kind], **POSITIONS[position], **WINDOWS[window])
+    x, t, given = torch.randn(2, 3, 4, 8, 8), torch.tensor([10.0, 500.0]), conditions(kind, 2)
+    out = model(x, t, **given)
+    assert out.shape == (2, 6, 4, 8, 8)
+    assert not torch.allclose(model(x, t + 100, **given), out, atol=1e-3)
+    if kind == "class":
+        assert not torch.allclose(model(x, t, y=given["y"] + 1), out, atol=1e-3)
+    if "text" in given:
+        other = given["text"].clone()
+        other[0, 3:] = 7.0
+        close(model(x, t, text=other, text_mask=given["text_mask"]), out)
+        other[0, 0] = 7.0
+        assert not torch.allclose(
+            model(x, t, text=other, text_mask=given["text_mask"]), out, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("kind", CONDITIONS)
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_packed_is_each_alone(kind, position, window):
+    model = small(**CONDITIONS[kind], **POSITIONS[position], **WINDOWS[window])
+    xs = [torch.randn(3, 4, 8, 8), torch.randn(3, 2, 12, 6), torch.randn(3, 8, 8)]
+    t = torch.tensor([3.0, 400.0, 999.0])
+    y = torch.tensor([0, 4, 5]) if kind == "class" else None
+    text = None
+    if kind in ("pooled", "cross", "joint"):
+        text = [torch.randn(n, 24) for n in (5, 2, 7)]
+    outputs = model.forward_packed(xs, t, y, text)
+    for i, (x, out) in enumerate(zip(xs, outputs, strict=True)):
+        alone = model(
+            x[None], t[i : i + 1], None if y is None else y[i : i + 1],
+            None if text is None else text[i][None],
+        )  # fmt: skip
+        close(out, alone[0])
+
+
+def test_packed_gradients_are_each_alone():
+    model = small(pos_embed="rope")
+    xs = [torch.randn(3, 4, 8, 8), torch.randn(3, 1, 4, 4)]
+    t = torch.tensor([3.0, 400.0])
+    sum(out.square().sum() for out in model.forward_packed(xs, t)).backward()
+    packed = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    sum(model(x[None], t[i : i + 1]).square().sum() for i, x in enumerate(xs)).backward()
+    for grad, parameter in zip(packed, model.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_a_time_a_frame(kind):
+    """Equal times give what one time gives; and a frame's time is its own."""
+    model = small(**CONDITIONS[kind], depth=1)
+    x, given = torch.randn(2, 3, 4, 8, 8), conditions(kind, 2)
+    t = torch.tensor([10.0, 500.0])
+    frames = t[:, None].repeat(1, 4)
+    close(model(x, frames, **given), model(x, t, **given))
+    frames[:, 0] = 0.0
+    assert not torch.allclose(model(x, frames, **given), model(x, t, **given), atol=1e-3)
+
+
+def test_images_and_other_sizes():
+    model = small(input_size=(1, 8, 8))
+    image = torch.randn(2, 3, 8, 8)
+    t = torch.rand(2)
+    out = model(image, t)
+    assert out.shape == (2, 6, 8, 8)
+    close(model(image.unsqueeze(2), t).squeeze(2), out)
+    assert model(torch.randn(2, 3, 20, 6), t).shape == (2, 6, 20, 6)
+    video = small()
+    assert video(torch.randn(1, 3, 7, 4, 10), torch.rand(1)).shape == (1, 6, 7, 4, 10)
+
+
+def test_a_window_as_large_as_the_grid_is_no_window():
+    torch.manual_seed(1)
+    local = small(window_size=(4, 4, 4))
+    torch.manual_seed(1)
+    dense = small()
+    x, t = torch.randn(1, 3, 4, 8, 8), torch.rand(1)
+    assert torch.equal(local(x, t), dense(x, t))
+    torch.manual_seed(1)
+    every = small(window_size=(1, 2, 2), window_every=2)
+    assert [bool(every._window(i, (4, 4, 4))) for i in range(4)] == [False, True, False, True]
+    assert not torch.allclose(every(x, t), dense(x, t), atol=1e-3)
+
+
+def test_activation_checkpointing_changes_memory_not_results():
+    x, t = torch.randn(2, 3, 4, 8, 8), torch.rand(2)
+    grads, saved = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(2)
+        model = small(activation_checkpointing=checkpointing, depth=4)
+        size = 0
+
+        def count(tensor):
+            nonlocal size
+            size += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(x, t).square().mean()
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+        saved.append(size)
+    assert saved[1] < saved[0] / 4
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_new_model_predicts_zero():
+    """adaLN-Zero: every block begins as the identity and the output as zero."""
+    model = DiT(
+        input_size=(2, 4, 4), hidden_size=64, depth=2, num_heads=2, text_dim=8, text_mode="cross"
+    )
+    x = torch.randn(1, 4, 2, 4, 4)
+    assert (model(x, torch.rand(1), text=torch.randn(1, 3, 8)) == 0).all()
+    tokens = torch.randn(1, 8, 64)
+    block = model.blocks[0]
+    out = block(tokens, torch.randn(1, 64), context=torch.randn(1, 3, 8))
+    assert torch.equal(out, tokens)
+
+
+def test_class_dropout_in_training_only():
+    model = small(num_classes=5, class_dropout_prob=1.0)
+    x, t, y = torch.randn(1, 3, 4, 8, 8), torch.rand(1), torch.tensor([1])
+    dropped = model(x, t, torch.tensor([5]))
+    assert not torch.allclose(model(x, t, y), dropped, atol=1e-4)
+    assert torch.equal(model.train()(x, t, y), dropped)
+
+
+def test_bfloat16_and_autocast():
+    model = small(num_classes=5)
+    x, t, y = torch.randn(2, 3, 4, 8, 8), torch.rand(2) * 1000, torch.tensor([1, 2])
+    exact = model(x, t, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(x, t, y)
+    rough = model.bfloat16()(x.bfloat16(), t, y)
+    assert rough.dtype == torch.bfloat16
+    assert mixed.dtype == torch.float32
+    scale = exact.abs().max()
+    assert (mixed - exact).abs().max() < (rough.float() - exact).abs().max() < 0.1 * scale
+
+
+def test_the_whole_model_compiles():
+    for options in (
+        {"num_classes": 5},
+        {"pos_embed": "rope", "text_dim": 24, "text_mode": "joint"},
+    ):
+        model = small(**options, window_size=(2, 3, 3), window_every=2)
+        x, t = torch.randn(2, 3, 4, 8, 8), torch.rand(2)
+        given = {"y": torch.tensor([1, 2])} if "num_classes" in options else conditions("joint", 2)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        close(compiled(x, t, **given), model(x, t, **given))
+
+
+X, T = torch.randn(2, 3, 4, 8, 8), torch.rand(2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: small()(X[:, :2], T),
+            "DiT: x must be [B, 3, F, Y, X] or [B, 3, Y, X]; got [2, 2, 4, 8, 8]",
+        ),
+        (
+            lambda: small()(X[..., :7], T),
+            "the patch (1, 2, 2) must divide the video (F, Y, X); got (4, 8, 7)",
+        ),
+        (
+            lambda: small()(X, torch.rand(2, 3)),
+            "t must be [B] or [B, Gt = 4], a time a frame of patches",
+        ),
+        (lambda: small(num_classes=5)(X, T), "DiT: y must be given of this model"),
+        (lambda: small()(X, T, torch.tensor([1])), "DiT: y is not an input of this model"),
+        (lambda: small(text_dim=8)(X, T), "DiT: text must be given of this model"),
+        (
+            lambda: small(pos_embed="learned"),
+            "DiT: pos_embed must be one of ('sincos', 'rope'); got 'learned'",
+        ),
+        (lambda: small(text_dim=8, text_mode="adaln"), "DiT: text_mode must be one of"),
+        (lambda: small(num_heads=3), "DiT: num_heads must divide hidden_size; got 3 and 64"),
+        (
+            lambda: small(hidden_size=72),
+            "sincos_3d: channels must be a multiple of 16 for a video; got 72",
+        ),
+        (
+            lambda: small().forward_packed([X[0]], T),
+            "t and text must have one entry for each of the 1 videos",
+        ),
+    ],
+)
+def test_errors_say_what_was_expected(call, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        call()
+    assert message in str(caught.value)
+
+
+def test_packing_nothing():
+    assert small().forward_packed([], torch.zeros(0)) == []
