@@ -185,8 +185,8 @@ def train(
             "--resume", help="Go on from the checkpoint in --out, with the settings it has in it."
         ),
     ] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 12_000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Clips a step.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 9_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips a step.")] = 16,
     learning_rate: Annotated[float, typer.Option(min=0, help="Peak, after the warm-up.")] = 1e-3,
     hidden_size: Annotated[int, typer.Option(min=1, help="Width of the DiT.")] = 128,
     depth: Annotated[int, typer.Option(min=1, help="Blocks of the DiT.")] = 4,
@@ -247,6 +247,7 @@ def train(
         ):
             refuse_changes(context, config, values, checkpoint)
     else:
+        out.mkdir(parents=True, exist_ok=True)  # before steps that could not be saved
         trainer = training.Trainer(
             ModelConfig(**model_values),
             training.TrainingConfig(**run_values),
@@ -324,6 +325,7 @@ def demo(
     from dit_kernels.video.demo import make_demo
     from dit_kernels.video.model import TextToVideo
 
+    out.mkdir(parents=True, exist_ok=True)
     model = TextToVideo.load().to(torch_device(device))
     with progress_bar("generating", 30) as advance:
         sheet, *videos = make_demo(model, out, on_step=advance)

@@ -27,7 +27,8 @@ def write_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     data = save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={name: json.dumps(value) for name, value in settings.items()},
+        # One entry: safetensors writes several in an order that changes from run to run.
+        metadata={"settings": json.dumps(settings)},
     )
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -60,7 +61,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            settings = {name: json.loads(v) for name, v in (file.metadata() or {}).items()}
+            settings = json.loads((file.metadata() or {}).get("settings", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a checkpoint of this package: {error}") from error
     return tensors, settings

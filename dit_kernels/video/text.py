@@ -75,8 +75,8 @@ class TextEncoder(nn.Module):
         self.layers = nn.TransformerEncoder(
             layer, depth, norm=nn.LayerNorm(dim), enable_nested_tensor=False
         )
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        nn.init.normal_(self.position, std=0.02)
+        nn.init.normal_(self.embedding.weight)
+        nn.init.normal_(self.position, std=0.1)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Tokens [B, L, D] for ids [B, L]; mask [B, L] is True at tokens, False at padding.

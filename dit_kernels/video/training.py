@@ -31,8 +31,8 @@ SMALLEST_TIME = 0.05
 class TrainingConfig:
     """Settings of a run; the defaults made the weights that ship with the package."""
 
-    steps: int = 12_000
-    batch_size: int = 32
+    steps: int = 9_000
+    batch_size: int = 16
     learning_rate: float = 1e-3
     warmup_steps: int = 200
     weight_decay: float = 0.01
