@@ -46,6 +46,10 @@ class _PerThread(threading.local):
 _local = _PerThread()
 
 
+class Unsupported(RuntimeError):
+    """The backend asked for by name is not there, or cannot serve the call."""
+
+
 class use_backend:
     """Context manager: every op called inside uses the named backend unless its own `backend=` says otherwise.
 
@@ -94,7 +98,7 @@ def select(op: str, name: str, args: tuple[Any, ...]) -> ModuleType:
     """The backend module that serves this call.
 
     Raises:
-        RuntimeError: the backend asked for by name is not there or cannot serve this call.
+        Unsupported: the backend asked for by name is not there or cannot serve this call.
     """
     if not name:
         name = os.environ.get("DIT_KERNELS_BACKEND", "auto")
@@ -113,7 +117,7 @@ def select(op: str, name: str, args: tuple[Any, ...]) -> ModuleType:
             or load(op, name).supports(*args)
         )
         if reason:
-            raise RuntimeError(f"{op}: backend {name!r} cannot serve this call: {reason}")
+            raise Unsupported(f"{op}: backend {name!r} cannot serve this call: {reason}")
     return load(op, name)
 
 
@@ -158,6 +162,6 @@ def report() -> list[BackendStatus]:
     for name in NAMES[2:]:
         ops = tuple(op for op, names in TABLE.items() if name in names)
         reason = (unavailable(name) or "") if ops else "this version has no kernels for it"
-        fix = fixes.get(reason, "use backend='reference'") if reason else ""
+        fix = fixes.get(reason, "nothing: auto takes the next backend") if reason else ""
         lines.append(BackendStatus(name, not reason, ops, reason, fix))
     return lines

@@ -119,7 +119,8 @@ def test_wrong_names(monkeypatch):
         use_backend("cpu")
     monkeypatch.setenv("DIT_KERNELS_BACKEND", "fast")
     with pytest.raises(
-        ValueError, match="DIT_KERNELS_BACKEND: backend must be one of auto, reference, triton, cuda; got 'fast'"
+        ValueError,
+        match="DIT_KERNELS_BACKEND: backend must be one of auto, reference, triton, cuda; got 'fast'",
     ):
         ops.gelu_bias(X)
 

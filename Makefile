@@ -1,0 +1,48 @@
+# Every command works on a fresh machine: it makes .venv first, from pyproject.toml and constraints.txt.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format check weights clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## The virtual environment with everything a developer needs
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed; $(PYTHON) is $$($(PYTHON) -V)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "No virtual environment could be made: apt-get install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV) (some minutes the first time)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED) ## Prompts to videos from the shipped weights, then every backend against the reference
+	$(BIN)/dit-kernels demo --out demo
+	$(BIN)/dit-kernels check
+
+test: $(INSTALLED) ## All tests; no GPU is needed
+	$(BIN)/python -m pytest tests --ignore=tests/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
+
+lint: $(INSTALLED) ## Formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Rewrite the sources as `make lint` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: $(INSTALLED) ## Errors of every backend that runs here, against the float64 reference
+	$(BIN)/dit-kernels check
+
+weights: $(INSTALLED) ## Train the shipped weights again (about an hour on one core; resumes)
+	$(BIN)/dit-kernels train --out runs/digits --resume
+
+clean: ## Remove the environment and what the commands wrote
+	rm -rf $(VENV) demo build dist *.egg-info
