@@ -61,11 +61,14 @@ def forward(
     seen = _visibility(
         q, k, text_lens, kv_lens, cu_seqlens, grid, window_size, stride, text_tokens, text_first, causal_time
     )  # fmt: skip
-    parts = [_attend(q[:, rows], k, v, seen(rows), scale, exact) for rows in _chunks(q, k)]
-    outputs = [torch.cat([out for out, _ in parts], dim=1).to(q.dtype)]
-    if return_lse or stats:
-        outputs.append(torch.cat([lse for _, lse in parts], dim=2))
-    return outputs
+    want_lse = return_lse or stats
+    out, lse = [], []
+    for rows in _chunks(q, k):
+        scores = _scores(q[:, rows], k, seen(rows), scale, exact)
+        out.append(_out(scores, v, exact))
+        lse += [_lse(scores)] if want_lse else []
+    outputs = [torch.cat(out, dim=1).to(q.dtype)]
+    return [*outputs, torch.cat(lse, dim=2)] if want_lse else outputs
 
 
 def backward(
@@ -87,12 +90,12 @@ def backward(
     for rows in _chunks(q, k):
         queries = q[:, rows].detach().to(exact).requires_grad_()
         with torch.enable_grad():
-            out, lse = _attend(queries, keys, values, seen(rows), scale, exact)
-        pairs = []
-        if dout is not None:
-            pairs.append((out, dout[:, rows].to(exact)))
-        if dlse is not None:
-            pairs.append((lse, dlse[:, :, rows]))
+            scores = _scores(queries, keys, seen(rows), scale, exact)
+            pairs = []
+            if dout is not None:
+                pairs.append((_out(scores, values, exact), dout[:, rows].to(exact)))
+            if dlse is not None:
+                pairs.append((_lse(scores), dlse[:, :, rows]))
         if not pairs:
             continue
         dq[:, rows], step_k, step_v = torch.autograd.grad(
@@ -112,28 +115,46 @@ def eager(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
     """The same formula computed in the inputs' own dtype: what the accuracy rule compares with."""
     *_, scale, _, _, _ = args
     seen = _visibility(q, k, *args[:9])
-    parts = [_attend(q[:, rows], k, v, seen(rows), scale, q.dtype) for rows in _chunks(q, k)]
-    return [torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)]
+    parts = [_scores(q[:, rows], k, seen(rows), scale, q.dtype) for rows in _chunks(q, k)]
+    out = torch.cat([_out(scores, v, q.dtype) for scores in parts], dim=1)
+    return [out, torch.cat([_lse(scores) for scores in parts], dim=2)]
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """out [B, n, H, D] and lse [B, H, n]; a query that sees nothing gets 0 and -inf."""
-    repeat = q.shape[2] // k.shape[2]
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
-    if repeat != 1:
-        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+class _Scores(NamedTuple):
+    """Scores [B, H, n, N'], -inf where a query does not see; 0 in a row that sees nothing at all."""
+
+    scores: Tensor
+    blind: Tensor | None  # bool [B or 1, 1, n, 1]: those rows
+
+
+def _scores(q: Tensor, k: Tensor, seen: Tensor | None, scale: float, dtype: torch.dtype) -> _Scores:
+    q, k = q.to(dtype).transpose(1, 2), _heads(k, q.shape[2], dtype)
     scores = (q * scale) @ k.transpose(-1, -2)
     if seen is None:
-        return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
-    seen = seen[:, None]  # [B, 1, n, N']
+        return _Scores(scores, None)
+    seen = seen[:, None]  # [B or 1, 1, n, N']
     blind = ~seen.any(-1, keepdim=True)
-    scores = scores.masked_fill(~seen, -torch.inf).masked_fill(blind, 0.0)
-    weights = scores.softmax(-1).masked_fill(blind, 0.0)
-    return (weights @ v).transpose(1, 2), scores.logsumexp(-1).masked_fill(
-        blind[..., 0], -torch.inf
-    )
+    return _Scores(scores.masked_fill(~seen, -torch.inf).masked_fill(blind, 0.0), blind)
+
+
+def _out(scores: _Scores, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, n, H, D]; 0 for a query that sees nothing."""
+    weights = scores.scores.softmax(-1)
+    if scores.blind is not None:
+        weights = weights.masked_fill(scores.blind, 0.0)
+    return (weights @ _heads(v, weights.shape[1], dtype)).transpose(1, 2)
+
+
+def _lse(scores: _Scores) -> Tensor:
+    """[B, H, n]; -inf for a query that sees nothing."""
+    lse = scores.scores.logsumexp(-1)
+    return lse if scores.blind is None else lse.masked_fill(scores.blind[..., 0], -torch.inf)
+
+
+def _heads(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Keys or values as [B, H, N', D], a head for each query head."""
+    x = x.to(dtype).transpose(1, 2)
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
