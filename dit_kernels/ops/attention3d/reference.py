@@ -241,12 +241,12 @@ def _locate(
     patch = index - text_tokens if text_first else index
     text = (patch < 0) | (patch >= patches)
     text_index = index if text_first else index - patches
+    gt, gh, gw = patches, torch.ones_like(patches), torch.ones_like(patches)
     if grid:
-        grids = torch.tensor(list(grid), device=device).view(-1, 3)
-        length = grids[sequence if len(grids) > 1 else torch.zeros_like(sequence)]
-        gt, gh, gw = length.unbind(-1)
-    else:
-        gt, gh, gw = patches, torch.ones_like(patches), torch.ones_like(patches)
+        # filled on the device: a copy from the host could not be captured in a CUDA graph
+        sizes = [torch.full((1,), size, device=device) for size in grid]
+        which = sequence if len(grid) > 3 else torch.zeros_like(sequence)
+        gt, gh, gw = (torch.cat(sizes[axis::3])[which] for axis in range(3))
     position = (patch // (gh * gw), patch // gw % gh, patch % gw)
     return _Tokens(sequence, index, text, text_index, position, (gt, gh, gw))
 
