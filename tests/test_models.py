@@ -273,6 +273,20 @@ def test_packed_is_each_alone(kind, position, window):
         close(out, alone[0])
 
 
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_packed_with_a_time_a_frame(kind):
+    model = small(**CONDITIONS[kind])
+    xs = [torch.randn(3, 4, 8, 8), torch.randn(3, 2, 12, 6)]
+    times = [torch.tensor([0.0, 10.0, 10.0, 500.0]), torch.tensor(3.0)]
+    given = conditions(kind, 2)
+    outputs = model.forward_packed(xs, times, **given)
+    for i, (x, t, out) in enumerate(zip(xs, times, outputs, strict=True)):
+        alone = {name: value[i : i + 1] for name, value in given.items()}
+        close(out, model(x[None], t[None], **alone)[0])
+    with pytest.raises(ValueError, match=r"each t must be \[\] or \[Gt = 2\]"):
+        model.forward_packed(xs[1:], times[:1], **{k: v[:1] for k, v in given.items()})
+
+
 def test_packed_gradients_are_each_alone():
     model = small(pos_embed="rope")
     xs = [torch.randn(3, 4, 8, 8), torch.randn(3, 1, 4, 4)]

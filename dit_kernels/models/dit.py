@@ -222,7 +222,7 @@ class DiT(nn.Module):
             frames = c[:, None] if c.dim() == 2 else c  # [B, G, C]
             block_c = frames.flatten(0, 1)
             options |= {
-                "c_text": frames[:, 0] if c.dim() == 2 else frames.mean(1),
+                "c_text": frames.mean(1),
                 "row_index": _joint_rows(samples, frames.shape[1], patches, words, x.device),
                 "text_tokens": words,
                 "text_lens": text_lens,
@@ -239,9 +239,10 @@ class DiT(nn.Module):
     def forward_packed(
         self,
         xs: Sequence[Tensor],
-        t: Tensor,
+        t: Tensor | Sequence[Tensor],
         y: Tensor | None = None,
-        text: Sequence[Tensor] | None = None,
+        text: Tensor | Sequence[Tensor] | None = None,
+        text_mask: Tensor | None = None,
     ) -> list[Tensor]:
         """Denoise videos of mixed sizes and lengths in one batch, without padding.
 
@@ -249,9 +250,10 @@ class DiT(nn.Module):
 
         Args:
             xs: S videos [Cin, F, Y, X] (or images [Cin, Y, X]), each of its own size.
-            t: time [S].
+            t: time [S], or S times, each [] or [Gt_i], a time a frame of patches.
             y: class labels int64 [S].
-            text: S prompts [L_i, text_dim].
+            text: S prompts [L_i, text_dim], or [S, L, text_dim] with text_mask.
+            text_mask: bool [S, L], True for real tokens, which come first.
 
         Returns:
             S videos in the shapes of xs, with 2 * Cin channels if learn_sigma.
@@ -275,15 +277,24 @@ class DiT(nn.Module):
             self.x_embedder(video[None], self._positions(grid, device))[0]
             for video, grid in zip(videos, grids, strict=True)
         ]
+        if text is not None and text_mask is not None:
+            text = [p[:n] for p, n in zip(text, text_mask.sum(-1).tolist(), strict=True)]
         padded, text_mask = _pad_prompts(text)
-        c = self._condition(t, y, padded, text_mask)  # [S, C]
+        times = [time.reshape(-1) for time in t]
+        frames = [len(time) for time in times]
+        for time, grid in zip(frames, grids, strict=True):
+            if time not in (1, grid[0]):
+                raise ValueError(
+                    f"DiT: each t must be [] or [Gt = {grid[0]}], a time a frame of patches; got {time}"
+                )
+        c = self._condition(torch.cat(times), y, padded, text_mask, frames)  # [R, C]
         words = [0] * len(grids)
         options: dict[str, Any] = {}
         if self.text_mode == "joint" and text is not None:
             words = [len(prompt) for prompt in text]
             prompts = [self.text_embedder(prompt).to(tokens[0].dtype) for prompt in text]
             tokens = [torch.cat(pair) for pair in zip(tokens, prompts, strict=True)]
-            options["c_text"] = c
+            options["c_text"] = torch.stack([rows.mean(0) for rows in c.split(frames)])
         lengths = [len(part) for part in tokens]
         if self.text_mode == "cross":
             options |= {
@@ -291,7 +302,7 @@ class DiT(nn.Module):
             }  # fmt: skip
         if self.pos_embed is None:
             options |= self._packed_rotation(grids, words, device)
-        rows, video_rows = _packed_rows(grids, words, device)
+        rows, video_rows = _packed_rows(grids, frames, words, device)
         packed = torch.cat(tokens)[None]
         for i, block in enumerate(self.blocks):
             attention = self._packed_attention(i, grids, words, lengths, device)
@@ -328,9 +339,14 @@ class DiT(nn.Module):
                 )
 
     def _condition(
-        self, t: Tensor, y: Tensor | None, text: Tensor | None, text_mask: Tensor | None
+        self,
+        t: Tensor,
+        y: Tensor | None,
+        text: Tensor | None,
+        text_mask: Tensor | None,
+        frames: list[int] | None = None,
     ) -> Tensor:
-        """[B, C], or [B, Gt, C] where t is a time a frame"""
+        """[B, C], [B, Gt, C] where t is a time a frame; packed [R, C], `frames` rows a sample"""
         c = self.t_embedder(t)
         extra = []
         if self.y_embedder is not None:
@@ -338,6 +354,10 @@ class DiT(nn.Module):
         if self.text_mode == "pooled" and text is not None:
             extra.append(self.text_pool(text, text_mask))
         for vector in extra:
+            if frames is not None:
+                vector = torch.cat(
+                    [row.expand(n, -1) for row, n in zip(vector, frames, strict=True)]
+                )
             c = c + (vector if c.dim() == 2 else vector[:, None])
         return c
 
@@ -470,19 +490,20 @@ def _joint_rows(
 
 
 def _packed_rows(
-    grids: list[Grid], words: list[int], device: torch.device
+    grids: list[Grid], frames: list[int], words: list[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """int32 [N_total] with the text tokens (their rows follow the videos'), and without them."""
-    count = len(grids)
     everything, video = [], []
-    for i, (grid, text) in enumerate(zip(grids, words, strict=True)):
-        patches = math.prod(grid)
-        video += [torch.full((patches,), i, dtype=torch.int32, device=device)]
-        everything += [video[-1], torch.full((text,), count + i, dtype=torch.int32, device=device)]
+    first, videos = 0, sum(frames)
+    for i, (grid, count, text) in enumerate(zip(grids, frames, words, strict=True)):
+        patch = torch.arange(math.prod(grid), dtype=torch.int32, device=device)
+        video.append(first + patch // (math.prod(grid) // count))
+        everything += [video[-1], patch.new_full((text,), videos + i)]
+        first += count
     return torch.cat(everything), torch.cat(video)
 
 
-def _pad_prompts(text: Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+def _pad_prompts(text: Tensor | Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     """Prompts [L_i, D] -> ([S, L, D], bool [S, L])"""
     if text is None:
         return None, None
