@@ -29,7 +29,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "patch_embed": (),
     "unpatchify": (),
     "final_layer": (),
-    "feed_forward": (),
+    "feed_forward": ("triton",),
 }
 NAMES = ("auto", "reference", "triton", "cuda")
 # not a backend: the formula as people write it, in the inputs' dtype and with torch's own autograd.
