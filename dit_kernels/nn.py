@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_kernels import ops
+from dit_kernels.ops.feed_forward import activated_linear
 
 
 class AdaLayerNorm(nn.Module):
@@ -393,7 +394,7 @@ class FeedForward(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        if act not in ("gelu-tanh", "gelu", "swiglu", "swiglu-second"):
+        if act not in _ACTIVATIONS:
             raise ValueError(
                 f"FeedForward: act must be gelu-tanh, gelu, swiglu or swiglu-second; got {act!r}"
             )
@@ -408,6 +409,8 @@ class FeedForward(nn.Module):
         # The bias stays in the Linear where it costs nothing: the matrix product adds it at its store.
         # Calling the module, not its weight, keeps hooks and LoRA adapters on it alive.
         h = self.fc1(x)
+        if _is_plain_linear(self.fc2):
+            return activated_linear(h, self.fc2.weight, self.fc2.bias, _ACTIVATIONS[self.act])
         if self.act.startswith("swiglu"):
             h = ops.swiglu(h, gate="second" if self.act.endswith("second") else "first")
         else:
@@ -680,6 +683,22 @@ class LabelEmbedder(nn.Module):
             drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
             labels = torch.where(drop, self.num_classes, labels)
         return self.embedding_table(labels)
+
+
+_ACTIVATIONS = {
+    "gelu-tanh": "gelu-tanh", "gelu": "gelu-none", "swiglu": "swiglu-first",
+    "swiglu-second": "swiglu-second",
+}  # fmt: skip
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Nothing happens in the module's call but its product: no hooks, adapters or quantised weights."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+    )
 
 
 def _qk_norm(norm: str | None, size: int, eps: float) -> nn.Module:

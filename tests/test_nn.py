@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -172,6 +174,75 @@ def test_feed_forward_swiglu():
         ValueError, match="act must be gelu-tanh, gelu, swiglu or swiglu-second; got 'relu'"
     ):
         dnn.FeedForward(C, act="relu")
+
+
+@pytest.mark.parametrize("act", ["gelu-tanh", "gelu", "swiglu", "swiglu-second"])
+def test_feed_forward_is_one_function_with_its_second_linear(act):
+    """Equal to the module calls that a hook brings back, also in gradients and second derivatives."""
+    layer, x = dnn.FeedForward(6, 4, act).double(), torch.randn(2, 3, 6, dtype=torch.float64)
+    x.requires_grad_()
+    leaves = [x, *layer.parameters()]
+
+    def grads():
+        y = layer(x)
+        return y, torch.autograd.grad(y.square().sum(), leaves)
+
+    y, fused = grads()
+    assert y.grad_fn.name() == "_ActivatedLinearBackward"
+    hook = layer.fc2.register_forward_hook(lambda *_: None)
+    expected, plain = grads()
+    hook.remove()
+    for a, b in zip((y, *fused), (expected, *plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+    def call(x, *parameters):
+        names = [name for name, _ in layer.named_parameters()]
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+def test_feed_forward_under_autocast():
+    layer, x = dnn.FeedForward(C), torch.randn(B, N, C, requires_grad=True)
+    hooked = dnn.FeedForward(C)
+    hooked.load_state_dict(layer.state_dict())
+    hooked.fc2.register_forward_hook(lambda *_: None)
+    found = []
+    for module in (layer, hooked):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)
+        grads = torch.autograd.grad(y.float().square().sum(), [x, *module.parameters()])
+        found.append((y, *grads))
+    for fused, plain in zip(*found, strict=True):
+        assert fused.dtype == plain.dtype
+        assert torch.equal(fused, plain)
+
+
+def saved_bytes(block: nn.Module, x: Tensor, c: Tensor) -> int:
+    """Memory that a forward keeps for backward, each storage once, parameters apart."""
+    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = block(x, c)
+    assert out.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_a_block_saves_at_most_72_percent_of_the_eager_blocks_memory(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "N", 256)
+    x = torch.randn(B, 256, C, dtype=torch.bfloat16, requires_grad=True)
+    c = torch.randn(B, C, dtype=torch.bfloat16)
+    ours = saved_bytes(dnn.DiTBlock(C, H).bfloat16(), x, c)
+    eager = saved_bytes(OriginalBlock().bfloat16(), x, c)
+    assert ours <= 0.72 * eager, ours / eager
 
 
 def test_patch_embed_3d_takes_a_convs_weights():

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dit_kernels import backends
 from dit_kernels.ops.arguments import check_choice, check_float, check_shape
 from dit_kernels.ops.feed_forward import reference
 from dit_kernels.ops.registration import FusedOp
@@ -72,9 +78,71 @@ def swiglu(
     return _op((x, bias), (f"swiglu-{gate}",), backend)[0]
 
 
+def activated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, backend: str | None = None
+) -> Tensor:
+    """Activation and the Linear after it, saving only the pre-activation for backward.
+
+        y = act(x) @ weight.T + bias
+
+    The activation is computed again in backward: it is one pass over memory, and keeping it would
+    double what a feed-forward saves.
+
+    Args:
+        x: [..., F], gated [..., 2F]: the first Linear's output.
+        weight, bias: of the second Linear, [C, F] and [C].
+        act: "gelu-tanh", "gelu-none", "swiglu-first" or "swiglu-second".
+        backend: of the activation.
+
+    Returns:
+        y [..., C].
+    """
+    name = backends.requested("feed_forward", backend)
+    plain = name == backends.PLAIN or not torch.is_grad_enabled()
+    if plain or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0):
+        return F.linear(_op((x, None), (act,), backend)[0], weight, bias)
+    return _ActivatedLinear.apply(x, weight, bias, act, name)
+
+
+class _ActivatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, name: str) -> Tensor:
+        return F.linear(_activation(x, None, act, False, name)[0], weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.act, ctx.backend_name = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            # under create_graph: through the two ops, which have second derivatives
+            x, weight = x.view_as(x), weight.view_as(weight)
+            y = F.linear(_op((x, None), (ctx.act,), ctx.backend_name or None)[0], weight)
+            grads = torch.autograd.grad(y, (x, weight), dy, create_graph=True)
+            return *grads, dy.flatten(0, -2).sum(0) if need_bias else None, None, None
+        dx, dweight, dbias = None, None, None
+        rows = dy.flatten(0, -2)
+        if need_x:
+            # under autocast the product ran in dy's dtype
+            da = (dy @ weight.to(dy.dtype)).to(x.dtype)
+            needs = [True, False]
+            (dx,) = _activation_backward([da], x, None, [], ctx.act, needs, ctx.backend_name)
+        if need_weight:
+            (a,) = _activation(x, None, ctx.act, False, ctx.backend_name)
+            dweight = (rows.T @ a.flatten(0, -2).to(dy.dtype)).to(weight.dtype)
+        if need_bias:
+            dbias = rows.sum(0).to(bias.dtype)
+        return dx, dweight, dbias, None, None
+
+
 def _fake(x: Tensor, bias: object, act: str, stats: bool) -> list[Tensor]:
     width = x.shape[-1] if act.startswith("gelu") else x.shape[-1] // 2
     return [x.new_empty((*x.shape[:-1], width))]
 
 
 _op = FusedOp("feed_forward", "Tensor x, Tensor? bias", "str act", reference, _fake)
+_activation, _activation_backward = _op.forward_op, _op.backward_op
