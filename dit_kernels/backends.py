@@ -27,7 +27,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "qk_norm_rope": (),
     "attention3d": (),
     "patch_embed": (),
-    "unpatchify": (),
+    "unpatchify": ("triton",),
     "final_layer": (),
     "feed_forward": ("triton",),
 }
