@@ -101,7 +101,7 @@ def select(op: str, name: str, args: tuple[Any, ...]) -> ModuleType:
         Unsupported: the backend asked for by name is not there or cannot serve this call.
     """
     if not name:
-        name = os.environ.get("DIT_KERNELS_BACKEND", "auto")
+        name = os.environ.get("DIT_KERNELS_BACKEND") or "auto"
         check_name(f"{op}: DIT_KERNELS_BACKEND", name)
     if name == "auto":
         for candidate in TABLE[op]:
