@@ -185,9 +185,12 @@ def train(
             "--resume", help="Go on from the checkpoint in --out, with the settings it has in it."
         ),
     ] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 9_000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 6_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(min=0, help="Peak, after the warm-up.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Peak, after the warm-up.")] = 3e-3,
+    optimizer: Annotated[
+        str, typer.Option(help="muon (for the blocks' matrices; AdamW for the rest) or adamw.")
+    ] = "muon",
     hidden_size: Annotated[int, typer.Option(min=1, help="Width of the DiT.")] = 128,
     depth: Annotated[int, typer.Option(min=1, help="Blocks of the DiT.")] = 4,
     num_heads: Annotated[int, typer.Option(min=1, help="Attention heads a block.")] = 4,
@@ -235,7 +238,7 @@ def train(
         "size": size,
     }  # fmt: skip
     run_values: dict[str, Any] = {
-        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
+        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "optimizer": optimizer,
         "caption_dropout": caption_dropout, "ema_decay": ema_decay,
         "checkpoint_every": checkpoint_every, "seed": seed, "bf16": bf16,
     }  # fmt: skip

@@ -257,7 +257,7 @@ def test_train_defaults_are_those_of_the_library():
             if field.name in defaults:
                 assert defaults[field.name] == getattr(config, field.name), field.name
                 checked += 1
-    assert checked == 13
+    assert checked == 14
 
 
 def test_evaluate_prints_a_row_for_the_model_and_one_for_real_clips(run, weights):

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,20 +27,23 @@ MODEL_NAME = "model.safetensors"
 # The velocity's loss divides by t^2; below this t that would let a few clips outweigh a batch.
 SMALLEST_TIME = 0.05
 
+OPTIMIZERS = ("muon", "adamw")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """Settings of a run; the defaults made the weights that ship with the package."""
 
-    steps: int = 9_000
+    steps: int = 6_000
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    optimizer: str = "muon"
+    learning_rate: float = 3e-3
     warmup_steps: int = 200
     weight_decay: float = 0.01
     gradient_norm: float = 1.0
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
-    time_mean: float = 1.2
+    time_mean: float = 1.6
     time_std: float = 1.0
     checkpoint_every: int = 500
     seed: int = 0
@@ -94,12 +98,7 @@ class Trainer:
             torch.manual_seed(self.config.seed)
             self.model = TextToVideo(model_config).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=self.config.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=self.config.weight_decay,
-        )
+        self.optimizers = make_optimizers(self.model, self.config)
         sizes = self.model.config
         self.data = MovingDigits(sizes.frames, sizes.size, seed=self.config.seed)
 
@@ -121,12 +120,13 @@ class Trainer:
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingDiverged(f"the loss became {value} at step {self.step_number}")
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * self._rate()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * self._rate()
+            optimizer.step()
         self._average()
         self.step_number += 1
         return value
@@ -159,13 +159,20 @@ class Trainer:
         decay = min(self.config.ema_decay, (1 + self.step_number) / (10 + self.step_number))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
+    def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        """What the optimizer of a parameter remembers of it."""
+        for optimizer in self.optimizers:
+            if any(parameter is one for one in optimizer.param_groups[0]["params"]):
+                return optimizer.state[parameter]
+        raise KeyError("no optimizer has this parameter")
+
     def save(self, path: str | Path) -> None:
         """Write all that `load` needs to go on, in one atomic file."""
         tensors: dict[str, torch.Tensor] = {}
         for prefix, module in (("model", self.model), ("ema", self.ema)):
             tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in self._state_of(parameter).items():
                 tensors[f"optimizer.{name}.{key}"] = value
         settings = {
             "model": dataclasses.asdict(self.model.config),
@@ -195,14 +202,43 @@ class Trainer:
         trainer.model.load_state_dict(part("model."))
         trainer.ema.load_state_dict(part("ema."))
         for name, parameter in trainer.model.named_parameters():
-            state = part(f"optimizer.{name}.")
-            # AdamW keeps its step count on the CPU and its moments beside the parameter.
-            trainer.optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(trainer.device)
-                for key, value in state.items()
-            }
+            # AdamW keeps its step count on the CPU, and its moments beside the parameter.
+            trainer._state_of(parameter).update(
+                {
+                    key: value if key == "step" else value.to(trainer.device)
+                    for key, value in part(f"optimizer.{name}.").items()
+                }
+            )
         trainer.step_number = settings["step"]
         return trainer
+
+
+def make_optimizers(model: TextToVideo, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the transformers' matrices and AdamW for the rest.
+
+    Raises:
+        ValueError: config.optimizer is neither "muon" nor "adamw".
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"; its steps are
+        scaled to AdamW's as in Liu et al., "Muon is Scalable for LLM Training", so that both take
+        the same learning rate.
+    """
+    if config.optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {config.optimizer!r}"
+        )
+    hidden: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        in_a_block = parameter.ndim == 2 and (".blocks." in name or ".layers." in name)
+        (hidden if in_a_block and config.optimizer == "muon" else others).append(parameter)
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, betas=(0.9, 0.99), **options)
+    ]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **options))
+    return optimizers
 
 
 def train(
