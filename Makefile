@@ -5,7 +5,7 @@ PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format check weights clean
+.PHONY: help install demo test lint format check bench gpu weights clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,12 @@ format: $(INSTALLED) ## Rewrite the sources as `make lint` wants them
 
 check: $(INSTALLED) ## Errors of every backend that runs here, against the float64 reference
 	$(BIN)/dit-kernels check
+
+bench: $(INSTALLED) ## Time every op here against eager and torch.compile
+	$(BIN)/dit-kernels bench
+
+gpu: ## On a machine with a GPU, torch and triton, no network needed: tests and benchmarks (STAGES="...")
+	$(PYTHON) -m benchmarks.gpu $(STAGES)
 
 weights: $(INSTALLED) ## Train the shipped weights again (about an hour on one core; resumes)
 	$(BIN)/dit-kernels train --out runs/digits --resume

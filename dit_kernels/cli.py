@@ -415,6 +415,27 @@ def check() -> None:
         raise typer.Exit(1)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """Time every op against eager PyTorch, torch.compile and the best outside kernels.
+
+    `dit-kernels bench --help` lists the options. The suite is part of the repository, not of the
+    installed package.
+    """
+    root = Path(__file__).parent.parent
+    if not (root / "benchmarks" / "bench.py").is_file():
+        raise ValueError(
+            "the benchmark suite is in the repository: clone it, then type `make bench`"
+        )
+    sys.path.insert(0, str(root))
+    from benchmarks import bench as suite
+
+    raise typer.Exit(suite.main(context.args))
+
+
 def torch_device(name: str) -> torch.device:
     """The device of a --device option.
 

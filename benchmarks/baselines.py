@@ -1,0 +1,184 @@
+"""What each case is timed against. An adapter turns a case's arguments into a call, or says why it can't.
+
+Ours:     each backend of the op that is there.
+Eager:    the formula as people write it; `compile` and `compile-max` the same through torch.compile.
+Outside:  the best kernels that install, each in one small adapter; a missing one is listed as missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import Arguments, Case
+from dit_kernels import backends, ops, testing
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A competitor in the cases that it has.
+
+    Args:
+        name: as it stands in the tables.
+        applies: whether it has the op at all.
+        missing: why it can't run this call here, or None.
+        call: makes the function that is timed.
+    """
+
+    name: str
+    applies: Callable[[Case], bool]
+    missing: Callable[[Case, Arguments], str | None]
+    call: Callable[[Case, Arguments], Callable[..., Outputs]]
+
+
+def baselines(device: str) -> Iterator[Baseline]:
+    for name in ("triton", "cuda"):
+        yield _ours(name)
+    # the reference is the oracle, not a competitor: on a GPU its scores would not fit
+    if device == "cpu":
+        yield _ours("reference")
+    yield Baseline("eager", _every, _eager_missing, _eager)
+    yield Baseline("compile", _every, _eager_missing, _compiled("default"))
+    if device == "cuda":
+        yield Baseline(
+            "compile-max", _every, _eager_missing, _compiled("max-autotune-no-cudagraphs")
+        )
+    for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
+        yield _sdpa(backend)
+    yield Baseline("flex", lambda case: case.name == "attention-window", _on_gpu, _flex)
+    yield Baseline("liger", lambda case: case.name == "swiglu", _liger_missing, _liger)
+
+
+def _ours(name: str) -> Baseline:
+    def missing(case: Case, arguments: Arguments) -> str | None:
+        try:
+            with torch.no_grad():
+                getattr(ops, case.function)(**arguments, backend=name)
+        except backends.Unsupported as error:
+            return str(error).split("cannot serve this call: ")[-1]
+        return None
+
+    def call(case: Case, arguments: Arguments) -> Callable[..., Outputs]:
+        function = getattr(ops, case.function)
+        return lambda **given: function(**given, backend=name)
+
+    return Baseline(
+        name, lambda case: name in (*backends.TABLE[case.op], "reference"), missing, call
+    )
+
+
+def _every(case: Case) -> bool:
+    return True
+
+
+def _on_gpu(case: Case, arguments: Arguments) -> str | None:
+    given = (v for v in arguments.values() if isinstance(v, Tensor))
+    return None if next(given).is_cuda else "needs a GPU"
+
+
+def _eager_missing(case: Case, arguments: Arguments) -> str | None:
+    """Explicit attention scores of long sequences fit on no card."""
+    if case.op == "attention3d":
+        q = arguments["q"]
+        if q.shape[0] * q.shape[2] * q.shape[1] ** 2 > 1 << 32:
+            return "its N x N scores don't fit"
+    return None
+
+
+def _eager(case: Case, arguments: Arguments) -> Callable[..., Outputs]:
+    function = getattr(ops, case.function)
+
+    def run(**given: Any) -> Outputs:
+        with testing.plain_torch():
+            return function(**given)
+
+    return run
+
+
+def _compiled(mode: str) -> Callable[[Case, Arguments], Callable[..., Outputs]]:
+    def call(case: Case, arguments: Arguments) -> Callable[..., Outputs]:
+        torch._dynamo.reset()
+        function = getattr(ops, case.function)
+        compiled = torch.compile(lambda **given: function(**given), fullgraph=True, mode=mode)
+
+        def run(**given: Any) -> Outputs:
+            with testing.plain_torch():
+                return compiled(**given)
+
+        return run
+
+    return call
+
+
+def _sdpa(kernel: str) -> Baseline:
+    """torch's attention with one kernel forced: by default it picks a slower one on Hopper."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = getattr(SDPBackend, kernel)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            ).transpose(1, 2)
+
+    def missing(case: Case, arguments: Arguments) -> str | None:
+        if _on_gpu(case, arguments):
+            return _on_gpu(case, arguments)
+        with torch.no_grad(), contextlib.suppress(RuntimeError):
+            run(**arguments)
+            return None
+        return "torch has no such kernel for this call"
+
+    name = f"sdpa-{kernel.split('_')[0].lower()}"
+    return Baseline(name, lambda case: case.name == "attention", missing, lambda *_: run)
+
+
+def _flex(case: Case, arguments: Arguments) -> Callable[..., Outputs]:
+    """FlexAttention with the same window, its block mask made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.reset()
+    grid, window, text = (arguments[name] for name in ("grid", "window_size", "text_tokens"))
+    patches = grid[0] * grid[1] * grid[2]
+
+    def axes(token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return token // (grid[1] * grid[2]), token // grid[2] % grid[1], token % grid[2]
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = query >= 0
+        for i, j, length, w in zip(axes(query), axes(key), grid, window, strict=True):
+            start = (i - w // 2).clamp(0, length - w)
+            near = near & (j >= start) & (j < start + w)
+        return near | (query >= patches) | (key >= patches)
+
+    tokens = patches + text
+    mask = create_block_mask(sees, None, None, tokens, tokens, device=str(arguments["q"].device))
+    compiled = torch.compile(flex_attention, fullgraph=True)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        out = compiled(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask)
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _liger_missing(case: Case, arguments: Arguments) -> str | None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return _on_gpu(case, arguments)
+
+
+def _liger(case: Case, arguments: Arguments) -> Callable[..., Outputs]:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return lambda x: LigerSiLUMulFunction.apply(*(h.contiguous() for h in x.chunk(2, dim=-1)))

@@ -1,0 +1,102 @@
+"""The machine that a run is made on: what it is, and the two ceilings that its figures are held against."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.timing import timed
+
+ROOT = Path(__file__).parent.parent
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Names and versions, for the head of a result file."""
+    found: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "device": properties.name,
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "memory_bytes": properties.total_memory,
+        }
+    else:
+        found |= {"device": f"CPU ({platform.machine()})", "threads": torch.get_num_threads()}
+    return found
+
+
+def folder(device: str) -> str:
+    """Where a machine's results lie: "h200", "h100", ..., "cpu"."""
+    if device != "cuda":
+        return "cpu"
+    words = torch.cuda.get_device_name(0).lower().replace("-", " ").split()
+    named = [w for w in words if any(c.isdigit() for c in w) and not w.endswith(("gb", "hbm3"))]
+    return named[0] if named else "-".join(words)
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """Measured here and now: copy bandwidth (bytes read + written), bf16 matrix product, an empty launch."""
+    on_gpu = device == "cuda"
+    numel, side = (1 << 31, 8192) if on_gpu else (1 << 24, 512)
+    source = torch.empty(numel, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    copy = statistics.median(timed([functools.partial(target.copy_, source)], device))
+    del source, target
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    # random data: a product of zeros draws less power and runs faster
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = statistics.median(timed([lambda: a @ b], device))
+    nothing = torch.empty(1, device=device)
+    launch = statistics.median(timed([nothing.zero_], device, graph=False))
+    return {
+        "copy_gbps": 2 * numel / copy / 1e9,
+        "matmul_tflops": 2 * side**3 / product / 1e12,
+        "launch_us": launch * 1e6,
+    }
+
+
+def _commit() -> str:
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def _driver() -> str:
+    try:
+        run = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.splitlines()[0].strip()
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,90 @@
+"""Seconds a call, measured so that launch gaps, a warm cache and one lucky run don't count.
+
+GPU: the calls go over several sets of inputs, together larger than the L2 cache; they are captured in a CUDA
+graph and the replays are timed by events. What cannot be captured is timed by events around batches.
+CPU: a wall clock around each batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+Call = Callable[[], object]
+
+
+def timed(
+    calls: Sequence[Call], device: str, *, graph: bool = True, seconds: float = 0.3, least: int = 7
+) -> list[float]:
+    """Seconds of one call, a sample a pass over `calls` (the same call on different inputs).
+
+    Args:
+        calls: at least one.
+        device: "cuda" or "cpu".
+        graph: try a CUDA graph.
+        seconds: about how long to sample.
+        least: samples at the least.
+    """
+    run = _pass_over(calls)
+    for _ in range(2):
+        run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        if graph:
+            run = _captured(run) or run
+    once = _sample(run, device)
+    samples = [once]
+    for _ in range(max(least, min(200, int(seconds / max(once, 1e-9)))) - 1):
+        samples.append(_sample(run, device))
+    return [sample / len(calls) for sample in samples]
+
+
+def sets_for(bytes_a_set: int, device: str) -> int:
+    """How many sets of inputs make the cache cold: together four times L2."""
+    if device != "cuda":
+        return 1
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(1, min(32, -(-4 * l2 // max(1, bytes_a_set))))
+
+
+def _pass_over(calls: Sequence[Call]) -> Call:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def _captured(run: Call) -> Call | None:
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            run()
+    except (RuntimeError, torch.AcceleratorError):
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+        return None
+    graph.replay()
+    return graph.replay
+
+
+def _sample(run: Call, device: str) -> float:
+    if device != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

@@ -1,0 +1,14 @@
+"""Tests that need a GPU; they import nothing but torch, triton and this package."""
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "/gpu/" in item.nodeid:
+            item.add_marker(
+                pytest.mark.skip(reason="needs a GPU: run `make gpu` on a machine with one")
+            )
