@@ -23,7 +23,7 @@ import torch
 
 # op -> the backends that "auto" tries, first to last; the reference serves what none of them takes
 TABLE: dict[str, tuple[str, ...]] = {
-    "adaln": (),
+    "adaln": ("triton",),
     "qk_norm_rope": (),
     "attention3d": (),
     "patch_embed": (),

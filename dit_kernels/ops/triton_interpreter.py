@@ -3,7 +3,8 @@
 The interpreter keeps bfloat16 as raw uint16. Upstream (3.6 to 3.9) it truncates float32 -> bfloat16
 instead of rounding to nearest even, and computes sums, products and `tl.dot` on the raw bits. Here the
 conversion rounds, `tl.dot` widens its operands, and every other arithmetic on bfloat16 is an error:
-a kernel computes in float32.
+a kernel computes in float32. `tl.reduce` with a function of its own, which upstream calls for every
+element, works on halves of the axis.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def install() -> None:
     interpreter.ReduceScanOpInterface.apply = _not_on_bfloat16(
         interpreter.ReduceScanOpInterface.apply
     )
+    interpreter.ReduceOps.generic_reduce = _generic_reduce
     interpreter._patch_lang_tensor = _patch_lang_tensor
 
 
@@ -81,6 +83,27 @@ def _create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
         for t in (a, b)
     )
     return _upstream_create_dot(self, a, b, d, *options)
+
+
+def _generic_reduce(self: Any, tensors: Any) -> list[Any]:
+    """A combine function over halves of the axis: upstream calls it once an element."""
+    axis = self.axis
+    arrays = [t.handle.data for t in tensors]
+    if axis is None:
+        axis, arrays = 0, [a.reshape(-1) for a in arrays]
+    while (length := arrays[0].shape[axis]) > 1:
+        ends = [np.take(a, range(length // 2), axis) for a in arrays]
+        ends += [np.take(a, range(length // 2, length), axis) for a in arrays]
+        pieces = zip(ends, tensors * 2, strict=True)
+        combined = self.combine_fn.fn(*(self.to_tensor(e, t.dtype) for e, t in pieces))
+        combined = combined if isinstance(combined, tuple | tl.tuple) else (combined,)
+        arrays = [c.handle.data for c in combined]
+    if self.keep_dims:
+        shapes = [(1,) * t.handle.data.ndim if self.axis is None else a.shape for a, t in zip(arrays, tensors, strict=True)]  # fmt: skip
+        arrays = [a.reshape(shape) for a, shape in zip(arrays, shapes, strict=True)]
+    else:
+        arrays = [a.take(0, axis) for a in arrays]
+    return [self.to_tensor(a, t.dtype) for a, t in zip(arrays, tensors, strict=True)]
 
 
 def _not_on_bfloat16(method: Callable[..., Any]) -> Callable[..., Any]:

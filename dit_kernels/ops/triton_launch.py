@@ -18,7 +18,8 @@ if INTERPRETED:
 
     triton_interpreter.install()
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# whether a kernel may be handed CPU tensors: in the interpreter, and where launches are only recorded
+host_tensors = INTERPRETED
 
 
 def unsupported(tensors: Sequence[Tensor | None]) -> str | None:
@@ -26,7 +27,7 @@ def unsupported(tensors: Sequence[Tensor | None]) -> str | None:
     for tensor in tensors:
         if tensor is None:
             continue
-        if not (tensor.is_cuda or INTERPRETED):
+        if not (tensor.is_cuda or host_tensors):
             return f"its tensors are on {tensor.device}, and Triton's kernels run on a GPU"
         if tensor.dtype == torch.float64:
             return "float64 is computed by the reference backend only"

@@ -49,6 +49,21 @@ def _product_kernel(x_ptr, y_ptr, HOW: tl.constexpr, BLOCK: tl.constexpr):
         tl.atomic_add(y_ptr + offsets, x)
 
 
+@triton.jit
+def _first_largest(a, i, b, j):
+    larger = (b > a) | ((b == a) & (j < i))
+    return tl.where(larger, b, a), tl.where(larger, j, i)
+
+
+@triton.jit
+def _reduce_kernel(x_ptr, value_ptr, index_ptr, M: tl.constexpr, N: tl.constexpr):
+    m, n = tl.arange(0, M), tl.arange(0, N)
+    x = tl.load(x_ptr + m[:, None] * N + n[None, :])
+    value, index = tl.reduce((x, n[None, :] + tl.zeros_like(x).to(tl.int32)), 1, _first_largest)
+    tl.store(value_ptr + m, value)
+    tl.store(index_ptr + m, index)
+
+
 def every_high_half() -> torch.Tensor:
     """Each of the 65,536 upper halves of a float32 with lower halves around the tie."""
     high = torch.arange(1 << 16, dtype=torch.int64)[:, None] << 16
@@ -107,3 +122,11 @@ def test_select_moves_bits():
     y = torch.empty_like(x)
     _product_kernel[(1,)](x, y, HOW="select", BLOCK=16)
     assert torch.equal(y, torch.where(torch.arange(16) < 4, x, 0))
+
+
+def test_reduce_with_a_function_of_two_tensors():
+    x = torch.randint(0, 9, (8, 32), generator=torch.Generator().manual_seed(0)).float()
+    value, index = torch.empty(8), torch.empty(8, dtype=torch.int32)
+    _reduce_kernel[(1,)](x, value, index, M=8, N=32)
+    assert torch.equal(value, x.amax(1))
+    assert torch.equal(index, (x == x.amax(1, keepdim=True)).int().argmax(1).int())
