@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench, gpu, machine
+from benchmarks import bench, gpu, machine, report
 from benchmarks.baselines import baselines
 from benchmarks.cases import CASES, cases_for
 from benchmarks.shapes import SHAPES
@@ -167,3 +167,37 @@ def test_stages_fit_in_ten_minutes():
 def test_results_folder_is_named_after_the_card(monkeypatch, name, folder):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
     assert machine.folder("cuda") == folder
+
+
+def test_the_committed_page_is_what_the_committed_results_give():
+    assert report.PAGE.read_text().startswith(report.page(report.read_runs()))
+
+
+def test_the_report_shows_losses_and_what_was_not_measured(tmp_path):
+    key = {
+        "op": "adaln",
+        "case": "adaln",
+        "shape": "s",
+        "dtype": "bfloat16",
+        "flops": 0,
+        "bytes": 10**9,
+    }
+    rate = {"gbps": 1000.0, "tflops": 0.0}
+    rows = [
+        {**key, **rate, "implementation": name, "direction": "forward", "ms": ms}
+        for name, ms in (("triton", 1.0), ("compile", 0.5))
+    ]
+    rows += [{**key, **rate, "implementation": "eager", "direction": "backward", "ms": 3.0}]
+    rows += [{**key, "implementation": "cuda", "absent": "not built"}]
+    rows += [{**key, "implementation": "flex", "failed": "RuntimeError: no"}]
+    ceilings = {"copy_gbps": 4000.0, "matmul_tflops": 800.0, "launch_us": 2.0}
+    run = {"machine": {"device": "NVIDIA H200"}, "ceilings": ceilings, "rows": rows}
+    text = report.page({"h200": [run]})
+    assert "| adaln | s | forward | 1.0000 | 0.5000 | - | 25.0% | 0.50x |" in text
+    assert "| adaln | s | backward | - | - | 3.0000 | not measured | - |" in text
+    assert "- cuda: not built" in text
+    assert "- flex in adaln s: RuntimeError: no" in text
+    assert "Not measured on a GPU yet" not in text
+    assert "Not measured on a GPU yet" in report.page({})
+    report.roofline([run], tmp_path / "roofline")
+    assert (tmp_path / "roofline.svg").stat().st_size > 1000
