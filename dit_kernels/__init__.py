@@ -1,6 +1,16 @@
 """Fused kernels for Diffusion Transformers, with their layers, models and text-to-video job."""
 
+from __future__ import annotations
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dit_kernels import models, nn, ops, testing
+    from dit_kernels.backends import use_backend
+
+__all__ = ["debug", "models", "nn", "ops", "testing", "use_backend"]
 
 
 def debug() -> bool:
@@ -8,7 +18,14 @@ def debug() -> bool:
     return os.environ.get("DIT_KERNELS_DEBUG") == "1"
 
 
-from dit_kernels import models, nn, ops  # noqa: E402
-from dit_kernels.backends import use_backend  # noqa: E402
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import, and `dit-kernels --help` doesn't need it
+    if name == "use_backend":
+        return importlib.import_module("dit_kernels.backends").use_backend
+    if name in __all__:
+        return importlib.import_module(f"dit_kernels.{name}")
+    raise AttributeError(f"module 'dit_kernels' has no attribute {name!r}")
 
-__all__ = ["models", "nn", "ops", "use_backend"]
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -289,16 +289,16 @@ def test_info_names_each_backend_with_its_reason(run):
         assert backend.name in result.out
 
 
-@pytest.mark.parametrize("ok", [True, False])
-def test_check_prints_every_row_and_fails_if_one_is_off(run, monkeypatch, ok):
-    row = SimpleNamespace(
-        op="adaln", case="wan", backend="triton", dtype="bfloat16", direction="forward",
-        error=1e-3, allowed=2e-3, ok=True,
-    )  # fmt: skip
-    other = SimpleNamespace(**{**vars(row), "case": "flux", "ok": ok})
-    monkeypatch.setattr("dit_kernels.check.run", lambda: [row, other])
+@pytest.mark.parametrize("error", [1e-3, 3e-3])
+def test_check_prints_a_row_an_op_and_fails_if_one_is_off(run, monkeypatch, error):
+    from dit_kernels.check import Row
+
+    forward = Row("adaln", "wan out0", "triton", "bfloat16", "forward", 1e-3, 2e-3, 4)
+    backward = Row("adaln", "flux dx", "triton", "bfloat16", "backward", error, 2e-3, 9)
+    monkeypatch.setattr("dit_kernels.check.run", lambda: [forward, backward])
     result = run("check")
-    assert result.code == (0 if ok else 1)
-    assert "wan" in result.out
-    assert "flux" in result.out
-    assert ("2 comparisons, all ok" if ok else "2 comparisons, 1 off") in result.out
+    right = error < 2e-3
+    assert result.code == (0 if right else 1)
+    assert "13 tensors compared" in result.out
+    assert ("all within what is allowed" if right else "1 rows off") in result.out
+    assert ("flux dx is off by 3.00e-03, allowed 2.00e-03" in result.out) == (not right)
