@@ -24,7 +24,7 @@ import torch
 # op -> the backends that "auto" tries, first to last; the reference serves what none of them takes
 TABLE: dict[str, tuple[str, ...]] = {
     "adaln": ("triton",),
-    "qk_norm_rope": (),
+    "qk_norm_rope": ("triton",),
     "attention3d": (),
     "patch_embed": (),
     "unpatchify": ("triton",),
