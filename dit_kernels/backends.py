@@ -25,7 +25,7 @@ import torch
 TABLE: dict[str, tuple[str, ...]] = {
     "adaln": ("triton",),
     "qk_norm_rope": ("triton",),
-    "attention3d": (),
+    "attention3d": ("triton",),
     "patch_embed": (),
     "unpatchify": ("triton",),
     "final_layer": (),

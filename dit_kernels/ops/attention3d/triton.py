@@ -1,0 +1,326 @@
+"""The Triton backend of `attention3d`: which kernels a call needs, with which tiles.
+
+The kernels are in `triton_kernels.py`, the geometry of tiles and windows in `triton_tiles.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from dit_kernels.ops.attention3d import triton_kernels as kernels
+from dit_kernels.ops.attention3d.triton_tiles import Triple, choose_cubes, count_tiles
+from dit_kernels.ops.triton_launch import launch, unsupported
+
+# -- configurations ------------------------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    """Queries and keys a tile, warps, and stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (kernel, widest head dim, architecture) -> Config for 16-bit inputs; the first that fits is taken.
+# Chosen from compiled binaries: no spills, and tensor cores where the architecture has them.
+_TABLE: dict[str, dict[str, dict[int, Config]]] = {
+    "fwd": {
+        "sm_80": {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+        "sm_90": {64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2), 256: Config(128, 64, 8, 2)},
+        "amd": {64: Config(128, 64, 4, 1), 128: Config(128, 64, 8, 1), 256: Config(64, 32, 8, 1)},
+    },
+    "dkdv": {
+        "sm_80": {64: Config(64, 64, 4, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+        "sm_90": {64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 2), 256: Config(32, 64, 8, 1)},
+        "amd": {64: Config(32, 64, 4, 1), 128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+    },
+    "dq": {
+        "sm_80": {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
+        "sm_90": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 1)},
+        "amd": {64: Config(64, 32, 4, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
+    },
+}  # fmt: skip
+_FLOAT32 = {64: Config(64, 32, 4, 1), 128: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)}
+
+
+def configuration(kernel: str, dim: int, dtype: torch.dtype, architecture: str) -> Config:
+    """The tiles of a kernel for a shape class; the number of tokens has no part in it."""
+    table = _FLOAT32 if dtype == torch.float32 else _TABLE[kernel][architecture]
+    return next(config for widest, config in table.items() if dim <= widest)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The row of the table for a device."""
+    if torch.version.hip is not None:
+        return "amd"
+    if device.type != "cuda":
+        return "sm_90"
+    return "sm_80" if torch.cuda.get_device_capability(device)[0] == 8 else "sm_90"
+
+
+@functools.cache
+def parts(dim: int, least: int = 16) -> tuple[int, ...]:
+    """A head dim as at most three powers of two: 72 = 64 + 16, the second half empty; 112 = 64 + 32 + 16."""
+    dim = -(-dim // least) * least
+    while bin(dim).count("1") > 3:
+        dim += dim & -dim
+    return tuple(1 << bit for bit in reversed(range(dim.bit_length())) if dim >> bit & 1)
+
+
+# -- a call ----------------------------------------------------------------------------------------------
+
+
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, text_lens: Tensor | None, kv_lens: Tensor | None,
+    cu_seqlens: Tensor | None, grid: Sequence[int], window_size: Sequence[int], stride: Sequence[int],
+    text_tokens: int, text_first: bool, causal_time: bool, max_seqlen: int, scale: float, *_: Any,
+) -> str | None:  # fmt: skip
+    """Why Triton cannot serve this call, or None."""
+    reason = unsupported((q, k, v, text_lens, kv_lens, cu_seqlens))
+    if reason:
+        return reason
+    if q.shape[-1] > 256:
+        return f"head dims go up to 256; got {q.shape[-1]}"
+    if not scale > 0:
+        return f"scale must be positive; got {scale}"
+    if max(q.shape[1], k.shape[1]) >= 2**31 - 2**16:
+        return f"a sequence has fewer than 2^31 tokens; got {max(q.shape[1], k.shape[1])}"
+    return None
+
+
+class _Call(NamedTuple):
+    """What is known of a call before tiles are chosen."""
+
+    grids: tuple[Triple, ...]  # () without a grid that matters
+    window: Triple  # (0, 0, 0) without a window
+    stride: Triple
+    text: int  # text tokens, where they are treated apart
+    text_first: bool
+    causal: bool
+    sequences: int  # of a packed batch, else 0
+
+
+def _call(
+    q: Tensor, cu_seqlens: Tensor | None, text_lens: Tensor | None, grid: Sequence[int],
+    window_size: Sequence[int], stride: Sequence[int], text_tokens: int, text_first: bool, causal: bool,
+) -> _Call:  # fmt: skip
+    grids = tuple((grid[i], grid[i + 1], grid[i + 2]) for i in range(0, len(grid), 3))
+    sequences = cu_seqlens.numel() - 1 if cu_seqlens is not None else 0
+    causal = causal and any(one[0] > 1 for one in grids)
+    windowed = bool(window_size) and any(one != tuple(window_size) for one in grids)
+    if not windowed and not causal:
+        grids = ()
+    elif cu_seqlens is not None and len(grids) == 1:
+        grids = grids * sequences
+    apart = windowed or causal or text_lens is not None
+    return _Call(
+        grids,
+        _triple(window_size) if windowed else (0, 0, 0),
+        _triple(stride) if windowed else (1, 1, 1),
+        text_tokens if apart else 0,
+        text_first,
+        causal,
+        sequences,
+    )
+
+
+def _triple(values: Sequence[int]) -> Triple:
+    t, h, w = values
+    return t, h, w
+
+
+class _Tiles(NamedTuple):
+    """The arguments of a kernel that follow from its tiles."""
+
+    table: Tensor | None  # [S + 1, 4]: grid and first tile of each packed sequence
+    tiles: int  # a head
+    geometry: tuple[int, ...]  # grid, window, stride, query cube, key cube
+
+
+def _tiles(
+    call: _Call, tokens: int, config: Config, by_key: bool, packed: bool, device: torch.device
+) -> _Tiles:
+    block = config.block_n if by_key else config.block_m
+    cube: Triple = (1, 1, 1)
+    cubes = (cube, cube)
+    windowed = call.window != (0, 0, 0)
+    if windowed and call.grids:
+        cubes = choose_cubes(
+            tuple(dict.fromkeys(call.grids)), call.window, call.stride, config.block_m, config.block_n
+        )  # fmt: skip
+        cube = cubes[by_key]
+    grid = call.grids[0] if call.grids else (0, 0, 0)
+    geometry = (*grid, *call.window, *call.stride, *cubes[0], *cubes[1])
+    text = -(-call.text // block)
+    table = None
+    if packed:
+        if windowed or call.causal:
+            table, tiles = _sequence_table(call.grids, cube, text, device)
+        if not windowed:
+            tiles = tokens // block + call.sequences * (2 if call.text else 1) + 1
+    elif windowed:
+        tiles = count_tiles(grid, cube) + text
+    else:
+        tiles = -(-(tokens - call.text) // block) + text
+    return _Tiles(table, tiles, geometry)
+
+
+@functools.lru_cache(maxsize=256)
+def _sequence_table(
+    grids: tuple[Triple, ...], cube: Triple, text: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """On the device, copied once for each list of grids; and the tiles in all."""
+    rows, tiles = [], 0
+    for one in grids:
+        rows.append((*one, tiles))
+        tiles += count_tiles(one, cube) + text
+    rows.append((0, 0, 0, tiles))
+    return torch.tensor(rows, dtype=torch.int32).to(device), tiles
+
+
+def _unit(*tensors: Tensor) -> int:
+    """How many elements 16 bytes are, if every row of every tensor begins at a multiple of them; else 1."""
+    size = tensors[0].element_size()
+    for x in tensors:
+        strides = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
+        if x.stride(3) != 1 or x.data_ptr() % 16 or any(s * size % 16 for s in strides):
+            return 1
+    return 16 // size
+
+
+def _strides(x: Tensor, unit: int) -> tuple[int, int, int]:
+    """Of sample, token and head, in units; 0 along an axis of length 1, where any value may stand."""
+    b, n, h = (s // unit if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True))
+    return b, n, h
+
+
+def _precision(dtype: torch.dtype) -> str:
+    exact = dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
+    return "ieee" if exact or torch.version.hip is not None else "tf32"
+
+
+def _wide(call: _Call, tensors: Sequence[Tensor], config: Config, tiles: _Tiles) -> bool:
+    """Whether two rows of one tile can be 2^31 elements apart."""
+    rows = max(config.block_m, config.block_n)
+    if call.window != (0, 0, 0):
+        planes = max(tiles.geometry[9], tiles.geometry[12])
+        rows = max(rows, planes * max(h * w for _, h, w in call.grids))
+    row = max(tensors[0].shape[2] * tensors[0].shape[3], *(abs(x.stride(1)) for x in tensors))
+    return rows * row >= 2**31
+
+
+def _options(
+    call: _Call, q: Tensor, config: Config, tiles: _Tiles, *tensors: Tensor
+) -> dict[str, Any]:
+    return dict(
+        WIDE=_wide(call, (q, *tensors), config, tiles),
+        CUBES=call.window != (0, 0, 0),
+        CAUSAL=call.causal,
+        TEXT=call.text > 0,
+        PRECISION=_precision(q.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, text_lens: Tensor | None, kv_lens: Tensor | None,
+    cu_seqlens: Tensor | None, grid: Sequence[int], window_size: Sequence[int], stride: Sequence[int],
+    text_tokens: int, text_first: bool, causal_time: bool, max_seqlen: int, scale: float,
+    return_lse: bool, deterministic: bool, stats: bool,
+) -> list[Tensor]:  # fmt: skip
+    """[out], [lse] where it is asked for or saved."""
+    samples, queries, heads, dim = q.shape
+    call = _call(
+        q, cu_seqlens, text_lens, grid, window_size, stride, text_tokens, text_first, causal_time
+    )
+    config = configuration("fwd", dim, q.dtype, architecture(q.device))
+    tiles = _tiles(call, queries, config, False, cu_seqlens is not None, q.device)
+    unit = _unit(q, k, v)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((samples, heads, queries), dtype=torch.float32)
+    launch(
+        kernels.attention3d_fwd_kernel,
+        (samples * heads * tiles.tiles,),
+        q, k, v, out, lse, text_lens, kv_lens, cu_seqlens, tiles.table,
+        *_strides(q, unit), *_strides(k, unit), *_strides(v, unit),
+        queries, k.shape[1], heads, heads // k.shape[2], call.text, int(text_first), call.sequences,
+        tiles.tiles, scale, *tiles.geometry,
+        D=dim, PARTS=parts(dim), STEPS=(q.stride(3), k.stride(3), v.stride(3)), UNIT=unit,
+        **_options(call, q, config, tiles, k, v),
+    )  # fmt: skip
+    return [out, lse] if return_lse or stats else [out]
+
+
+def backward(
+    grads: Sequence[Tensor | None], q: Tensor, k: Tensor, v: Tensor, text_lens: Tensor | None,
+    kv_lens: Tensor | None, cu_seqlens: Tensor | None, saved: Sequence[Tensor], grid: Sequence[int],
+    window_size: Sequence[int], stride: Sequence[int], text_tokens: int, text_first: bool,
+    causal_time: bool, max_seqlen: int, scale: float, return_lse: bool, deterministic: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """dq, dk and dv, those that are needed; the same bits in every run."""
+    samples, queries, heads, dim = q.shape
+    keys, kv_heads = k.shape[1], k.shape[2]
+    out, lse = saved
+    dout, dlse = grads[0], grads[1] if len(grads) > 1 else None
+    if dout is None:
+        dout = q.new_zeros(()).expand(q.shape)
+    if dout.stride(3) != 1:
+        dout = dout.contiguous()
+    call = _call(
+        q, cu_seqlens, text_lens, grid, window_size, stride, text_tokens, text_first, causal_time
+    )
+    rows = q.new_empty((samples, heads, queries, 4), dtype=torch.float32)
+    row_tiles = -(-queries // 64)
+    unit = _unit(dout)
+    launch(
+        kernels.attention3d_rows_kernel,
+        (samples * heads * row_tiles,),
+        out, dout, lse, None if dlse is None else dlse.contiguous(), rows, *_strides(dout, unit),
+        queries, heads, row_tiles,
+        D=dim, WIDTH=triton.next_power_of_2(dim), UNIT=unit, BLOCK_M=64, num_warps=4,
+    )  # fmt: skip
+
+    unit = _unit(q, k, v, dout)
+    strides = [n for x in (q, k, v, dout) for n in _strides(x, unit)]
+    steps = (q.stride(3), k.stride(3), v.stride(3))
+
+    def run(kernel: Any, name: str, results: list[Tensor]) -> None:
+        by_key = name == "dkdv"
+        # sm_90: with a part of 16, ptxas makes the products of this kernel wait for one another (C7514)
+        least = 32 if by_key and architecture(q.device) == "sm_90" else 16
+        config = configuration(name, dim, q.dtype, architecture(q.device))
+        tiles = _tiles(
+            call, keys if by_key else queries, config, by_key, cu_seqlens is not None, q.device
+        )
+        launch(
+            kernel,
+            (samples * (kv_heads if by_key else heads) * tiles.tiles,),
+            q, k, v, dout, rows, *results, text_lens, kv_lens, cu_seqlens, tiles.table,
+            *strides, queries, keys, heads, heads // kv_heads, call.text, int(text_first),
+            call.sequences, tiles.tiles, scale, *tiles.geometry,
+            D=dim, PARTS=parts(dim, least), STEPS=steps, UNIT=unit,
+            **_options(call, q, config, tiles, k, v, dout),
+        )  # fmt: skip
+
+    found: list[Tensor] = []
+    if needs[0]:
+        found.append(q.new_empty(q.shape))
+        run(kernels.attention3d_dq_kernel, "dq", [found[0]])
+    if needs[1] or needs[2]:
+        both = [k.new_empty(k.shape), v.new_empty(v.shape)]
+        run(kernels.attention3d_dkdv_kernel, "dkdv", both)
+        found += [grad for grad, need in zip(both, needs[1:3], strict=True) if need]
+    return found
