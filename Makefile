@@ -24,6 +24,11 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 demo: $(INSTALLED) ## Prompts to videos from the shipped weights, then every backend against the reference
 	$(BIN)/dit-kernels demo --out demo
 	$(if $(wildcard /dev/nvidia0 /dev/kfd),,TRITON_INTERPRET=1) $(BIN)/dit-kernels check
+	@echo
+	@echo "The videos and contact-sheet.png are in demo/. Now type:"
+	@echo "  . $(BIN)/activate"
+	@echo '  dit-kernels generate "a nine moving up" --out nine.gif'
+	@echo "  dit-kernels evaluate"
 
 test: $(INSTALLED) ## All tests; no GPU is needed
 	$(BIN)/python -m pytest tests --ignore=tests/triton
