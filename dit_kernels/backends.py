@@ -26,7 +26,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "adaln": ("triton",),
     "qk_norm_rope": ("triton",),
     "attention3d": ("triton",),
-    "patch_embed": (),
+    "patch_embed": ("triton",),
     "unpatchify": ("triton",),
     "final_layer": (),
     "feed_forward": ("triton",),
