@@ -41,17 +41,41 @@ def multiprocessors(tensor: Tensor) -> int:
     return 132
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    compiled: dict[int, Any] | None = None,
+    **options: Any,
+) -> None:
     """`kernel[grid](*args, **options)` on the device of the first tensor; nothing for an empty grid.
 
     Every launch of the package goes through here: tests and the audit replace it.
     Floating-point fusion is always explicit: Triton 3.10 flips its default.
+
+    Args:
+        compiled: kept by a caller for calls that differ in nothing that Triton specialises on (dtypes,
+            16-byte alignment, constants, options): from the second on, they skip its argument handling,
+            which costs more than the rest of a call. A profiler's launch hooks turn this off.
     """
     if 0 in grid:
         return
     options.setdefault("enable_fp_fusion", True)
     with _device_of(args):
-        kernel[grid](*args, **options)
+        if INTERPRETED or compiled is None or triton.knobs.runtime.launch_enter_hook.calls:
+            kernel[grid](*args, **options)
+            return
+        active = triton.runtime.driver.active
+        device = active.get_current_device()
+        binary = compiled.get(device)
+        if binary is None:
+            compiled[device] = kernel[grid](*args, **options)
+            return
+        x, y, z = (*grid, 1, 1)[:3]
+        binary.run(
+            x, y, z, active.get_current_stream(device), binary.function, binary.packed_metadata,
+            None, None, None, *args,
+        )  # fmt: skip
 
 
 def _device_of(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:

@@ -717,9 +717,7 @@ def forward(
     rounding: str,
     stats: bool,
 ) -> list[Tensor]:
-    channels = x.shape[2]
     like = x if residual is None else residual
-    branch_rms = branch_norm == "rms"
     out = y = y2 = branch_rstd = mean = rstd = None
     if residual is not None:
         out = like.new_empty(x.shape)
@@ -728,7 +726,7 @@ def forward(
         if shift2 is not None or scale2 is not None:
             y2 = like.new_empty(x.shape)
     if stats:
-        if branch_rms:
+        if branch_norm == "rms":
             branch_rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
         if norm == "layer":
             mean = x.new_empty(x.shape[:2], dtype=torch.float32)
@@ -738,31 +736,65 @@ def forward(
     if x.numel() == 0:
         return results
 
+    tensors = (
+        residual, x, gate, _vector(gate_table), _vector(branch_weight), shift, scale,
+        _vector(shift_table), _vector(scale_table), shift2, scale2, _vector(weight), _vector(bias),
+        None if row_index is None else row_index.contiguous(),
+    )  # fmt: skip
+    statics = (norm, gate_act, branch_norm, eps, rounding)
+    key = (
+        *(t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors),
+        statics, stats, x.get_device(),
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= 4096:
+            _plans.clear()
+        plan = _plans[key] = _plan(tensors, *statics)
+    grid, numbers, options, compiled = plan
+    triton_launch.launch(
+        _adaln_fwd_kernel, grid, *tensors, out, y, y2, branch_rstd, mean, rstd, *numbers,
+        compiled=compiled, **options,
+    )  # fmt: skip
+    return results
+
+
+_Plan = tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any], dict[int, Any]]
+_plans: dict[Any, _Plan] = {}
+
+
+def _plan(
+    tensors: Sequence[Tensor | None],
+    norm: str,
+    gate_act: str,
+    branch_norm: str,
+    eps: float,
+    rounding: str,
+) -> _Plan:
+    """(grid, arguments after the pointers, options, the compiled kernel once there is one) of a forward call."""
+    residual, x, gate, _, _, shift, scale, _, _, shift2, scale2, _, _, row_index = tensors
+    assert x is not None
+    channels = x.shape[2]
     tokens, forms = arrange((residual, x), (gate, shift, scale, shift2, scale2), row_index)
     config = configure(channels, "norm" if residual is None else "gated")
     slots = 16 * triton_launch.multiprocessors(x)
-    count = tokens.samples * tokens.length
-    chunk = chunk_tokens(count, tokens.segment, slots, 64)
+    chunk = chunk_tokens(tokens.samples * tokens.length, tokens.segment, slots, 64)
     chunks = -(-tokens.segment // chunk)
     per_sample = tokens.length // tokens.segment * chunks
     residual_strides, x_strides = tokens.strides(residual), tokens.strides(x)
     strides = [residual_strides, x_strides] if residual is not None else [x_strides]
     vec, unit = vector(strides + [m[1:4] for m in forms if m.form != "none"])
-    index = None if row_index is None else row_index.contiguous()
     eager = rounding == "eager"
-    triton_launch.launch(
-        _adaln_fwd_kernel, (tokens.samples * per_sample,),
-        residual, x, gate, _vector(gate_table), _vector(branch_weight), shift, scale,
-        _vector(shift_table), _vector(scale_table), shift2, scale2, _vector(weight), _vector(bias), index,
-        out, y, y2, branch_rstd, mean, rstd,
+    numbers = (
         tokens.length, per_sample, tokens.segment, chunks, chunk, eps,
         *_in_vectors(residual_strides, vec), *_in_vectors(x_strides, vec),
         *(s for m in forms for s in (*_in_vectors(m[1:4], vec), m.length)),
         channels, config.parts, vec, unit,
-        norm, gate_act == "tanh", branch_rms, eager, *(m.form for m in forms), config.num_stages,
-        num_warps=config.num_warps, enable_fp_fusion=not eager,
+        norm, gate_act == "tanh", branch_norm == "rms", eager, *(m.form for m in forms),
+        config.num_stages,
     )  # fmt: skip
-    return results
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": not eager}
+    return (tokens.samples * per_sample,), numbers, options, {}
 
 
 def _in_vectors(strides: Sequence[int], vec: int) -> tuple[int, int, int]:

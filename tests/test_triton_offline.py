@@ -1,0 +1,98 @@
+"""The Triton kernels without a GPU and without the interpreter: compiled for a GPU, never launched."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import audit, offline
+from dit_kernels import ops
+from dit_kernels.ops import triton_launch
+
+pytestmark = pytest.mark.skipif(
+    triton_launch.INTERPRETED, reason="under TRITON_INTERPRET=1 nothing is compiled"
+)
+
+
+def gated(samples: int, tokens: int, groups: int | None = None, channels: int = 72) -> None:
+    """A call with strided modulation, forward and backward."""
+    mod = torch.empty(samples, *([groups] if groups else []), 6 * channels, dtype=torch.bfloat16)
+    shift, scale, gate = mod.requires_grad_().chunk(6, dim=-1)[:3]
+    residual, branch = (
+        torch.empty(samples, tokens, channels, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2)
+    )
+    out, y = ops.gated_adaln(residual, branch, gate, shift, scale, backend="triton")
+    cotangents = [torch.empty_like(out), torch.empty_like(y)]
+    torch.autograd.grad([out, y], [residual, branch, mod], cotangents)
+
+
+def test_one_variant_for_every_length():
+    from dit_kernels.ops.adaln import triton as backend
+
+    backend._plans.clear()
+    kernels = (backend._adaln_fwd_kernel, backend._adaln_bwd_kernel, backend._adaln_bwd_sums_kernel)
+    with offline.launched("sm_90"):
+        device = triton_launch.triton.runtime.driver.active.get_current_device()
+        for kernel in kernels:
+            kernel.device_caches[device][0].clear()
+        for samples, tokens in ((2, 256), (1, 1000), (3, 77), (1, 4096), (2, 513)):
+            gated(samples, tokens)
+        assert [len(kernel.device_caches[device][0]) for kernel in kernels] == [1, 1, 1]
+
+
+def test_no_launch_for_nothing():
+    with offline.recorded() as launches:
+        gated(0, 16)
+        gated(2, 0)
+    assert not launches
+
+
+def test_gradient_sums_are_small():
+    """A row of sums for at least 32 tokens, once there are enough programs to fill a large GPU."""
+    with offline.recorded() as launches:
+        gated(256, 256, channels=1152)
+    forward, backward, sums = launches
+    assert forward.grid[0] >= 2048
+    assert backward.grid[0] <= 256 * 256 // 32
+    assert sums.grid[0] == 256
+
+
+@pytest.mark.parametrize("target", offline.TARGETS)
+def test_audited_figures(target):
+    with offline.recorded() as launches:
+        gated(2, 64, channels=1152)
+    row = audit.inspect(launches[0], target)
+    assert row["spills"] == 0
+    assert max(row["loads"]) == max(row["stores"]) == 16
+    assert not audit.problems(target, row)
+
+
+def test_audit_finds_narrow_loads():
+    """Rows that start anywhere cannot be loaded 16 bytes at a time."""
+    wide = torch.empty(2, 8, 1153, dtype=torch.bfloat16)
+    with offline.recorded() as launches:
+        ops.adaln(wide[..., 1:], backend="triton")
+    row = audit.inspect(launches[0], "sm_90")
+    assert audit.problems("sm_90", row) == ["most loads are narrower than 16 bytes"]
+
+
+def test_audit_finds_spills():
+    row = dict(spills=1, loads={16: 1}, tma=False, dot16=False, matrix="")
+    assert audit.problems("sm_80", row) == ["spills"]
+
+
+def test_chunk_views_are_loaded_whole():
+    """Every chunk of one projection keeps 16-byte loads, whatever its place."""
+    mod = torch.empty(2, 6 * 1152, dtype=torch.bfloat16)
+    x = torch.empty(2, 64, 1152, dtype=torch.bfloat16)
+    keys = set()
+    for shift, scale in itertools.pairwise(mod.chunk(6, dim=-1)):
+        with offline.recorded() as launches:
+            ops.adaln(x, shift, scale, backend="triton")
+        keys.add(launches[0].source("sm_90")[2])
+    assert len(keys) == 1
