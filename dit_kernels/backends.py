@@ -28,7 +28,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "attention3d": ("triton",),
     "patch_embed": ("triton",),
     "unpatchify": ("triton",),
-    "final_layer": (),
+    "final_layer": ("triton",),
     "feed_forward": ("triton",),
 }
 NAMES = ("auto", "reference", "triton", "cuda")
