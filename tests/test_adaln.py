@@ -79,6 +79,18 @@ def test_tables_are_added_to_every_row():
     torch.testing.assert_close(alone, ops.adaln(x, *rows), rtol=1e-12, atol=1e-12)
 
 
+def test_a_table_alone_beside_indexed_rows():
+    """Every token reads the table, whichever row its index names for the others."""
+    x, shift, table = randn(B, N, C), randn(3, C), randn(C).requires_grad_()
+    index = torch.arange(B * N, dtype=torch.int32).view(B, N) % 3
+    got = ops.adaln(x, shift, scale_table=table, row_index=index)
+    assert torch.equal(got, ops.adaln(x, shift, table.expand(3, C), row_index=index))
+    alone = ops.adaln(x, scale_table=table, row_index=index)
+    assert torch.equal(alone, ops.adaln(x, scale_table=table))
+    (grad,) = torch.autograd.grad(got.sum(), table)
+    torch.testing.assert_close(grad, F.layer_norm(x, (C,), eps=1e-6).sum((0, 1)))
+
+
 def test_second_output_shares_the_norm():
     x, rows = randn(B, N, C), [randn(B, C) for _ in range(4)]
     first, second = ops.adaln(x, rows[0], rows[1], shift2=rows[2], scale2=rows[3])
@@ -172,6 +184,14 @@ X = torch.randn(2, 12, 64)
         (
             {"shift": torch.randn(3, 64), "row_index": torch.zeros(2, 11, dtype=torch.int32)}, ValueError,
             "adaln: row_index must be [B, N] or [N_total]; got [2, 11] for x [2, 12, 64]",
+        ),
+        (
+            {"shift": torch.randn(3, 64), "row_index": torch.zeros(12, 2, dtype=torch.int32)}, ValueError,
+            "adaln: row_index must be [B, N] or [N_total]; got [12, 2] for x [2, 12, 64]",
+        ),
+        (
+            {"shift": torch.randn(3, 64), "row_index": [0] * 24}, TypeError,
+            "adaln: row_index must be an int32 tensor; got list",
         ),
         (
             {"shift": torch.randn(2, 3, 64), "row_index": torch.zeros(2, 12, dtype=torch.int32)},

@@ -35,6 +35,8 @@ def check_float(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_int32(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be an int32 tensor; got {type(tensor).__name__}")
     if tensor.dtype != torch.int32:
         raise TypeError(f"{op}: {name} must be int32; got {tensor.dtype}")
     if tensor.device != like.device:

@@ -225,15 +225,21 @@ def _call(
         check_shape(op, name, parameter, (channels,), "[C]")
     if row_index is not None:
         check_int32(op, "row_index", row_index, x)
-        if row_index.numel() != samples * tokens or row_index.dim() > 2:
+        if tuple(row_index.shape) not in ((samples, tokens), (samples * tokens,)):
             raise ValueError(
                 f"{op}: row_index must be [B, N] or [N_total];"
                 f" got {list(row_index.shape)} for x {list(shape)}"
             )
         row_index = row_index.view(samples, tokens)
-    gate, gate_table = _table_alone(gate, gate_table, samples, row_index)
-    shift, shift_table = _table_alone(shift, shift_table, samples, row_index)
-    scale, scale_table = _table_alone(scale, scale_table, samples, row_index)
+        given = (gate, shift, scale, shift2, scale2)
+        rows = [len(m) for m in given if m is not None and m.dim()]
+        if rows:
+            samples = min(rows)
+        else:  # tables alone: nothing is indexed
+            row_index = None
+    gate, gate_table = _table_alone(gate, gate_table, samples)
+    shift, shift_table = _table_alone(shift, shift_table, samples)
+    scale, scale_table = _table_alone(scale, scale_table, samples)
     for name, modulation in (
         ("gate", gate), ("shift", shift), ("scale", scale), ("shift2", shift2), ("scale2", scale2),
     ):  # fmt: skip
@@ -262,14 +268,15 @@ def _as_tokens(x: Tensor, packed: bool) -> Tensor:
 
 
 def _table_alone(
-    modulation: Tensor | None, table: Tensor | None, samples: int, row_index: Tensor | None
+    modulation: Tensor | None, table: Tensor | None, rows: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A table with nothing to be added to is itself the row that every token reads."""
+    """A table with nothing to be added to is itself the row that every token reads.
+
+    `rows` is B, or the rows that row_index may name.
+    """
     if modulation is not None or table is None:
         return modulation, table
-    if row_index is None:
-        return table.expand(samples, -1), None
-    return table.new_zeros(1, 1).expand(1, table.shape[0]), table
+    return table.expand(rows, -1), None
 
 
 def _fake(residual: Tensor | None, x: Tensor, *args: object) -> list[Tensor]:
