@@ -203,6 +203,29 @@ def test_feed_forward_is_one_function_with_its_second_linear(act):
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("frozen", ["weight", "everything"])
+def test_second_derivative_of_a_frozen_feed_forward(frozen):
+    """A gradient penalty through a layer that is not trained itself."""
+    layer = dnn.FeedForward(6, 4).double()
+    for parameter in [layer.fc2.weight] if frozen == "weight" else layer.parameters():
+        parameter.requires_grad_(False)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer, x)
+
+
+def test_second_derivative_of_a_feed_forward_under_autocast():
+    layer, x = dnn.FeedForward(C), torch.randn(B, N, C, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    parameters = list(layer.parameters())[:3]  # the last bias shifts y and bends nothing
+    for parameter, grad in zip(
+        parameters, torch.autograd.grad(dx.square().sum(), parameters), strict=True
+    ):
+        assert grad.dtype == parameter.dtype
+        assert grad.isfinite().all()
+
+
 def test_feed_forward_under_autocast():
     layer, x = dnn.FeedForward(C), torch.randn(B, N, C, requires_grad=True)
     hooked = dnn.FeedForward(C)

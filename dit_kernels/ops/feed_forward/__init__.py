@@ -121,9 +121,13 @@ class _ActivatedLinear(torch.autograd.Function):
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             # under create_graph: through the two ops, which have second derivatives
             x, weight = x.view_as(x), weight.view_as(weight)
-            y = F.linear(_op((x, None), (ctx.act,), ctx.backend_name or None)[0], weight)
-            grads = torch.autograd.grad(y, (x, weight), dy, create_graph=True)
-            return *grads, dy.flatten(0, -2).sum(0) if need_bias else None, None, None
+            a = _op((x, None), (ctx.act,), ctx.backend_name or None)[0]
+            y = F.linear(a.to(dy.dtype), weight.to(dy.dtype))
+            wanted = [t for t, need in ((x, need_x), (weight, need_weight)) if need]
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
+            dbias = dy.flatten(0, -2).sum(0).to(bias.dtype) if need_bias else None
+            dx, dweight = (next(found) if need else None for need in (need_x, need_weight))
+            return dx, dweight, dbias, None, None
         dx, dweight, dbias = None, None, None
         rows = dy.flatten(0, -2)
         if need_x:
