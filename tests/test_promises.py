@@ -169,6 +169,23 @@ def test_autocast_keeps_the_gradients_dtypes(name):
     assert result.outputs["out0"].dtype == expected, inputs
 
 
+def test_autocast_rounds_nothing_inside_a_derivative():
+    """Asked for inside autocast: with create_graph, and in forward mode."""
+    case = in_dtype("final_layer-dit", torch.float32)
+    call, leaves = differentiable(case)
+    values = tuple(leaf.detach() for leaf in leaves)
+
+    def derivatives():
+        (out,) = call(*leaves)
+        grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return *grads, *torch.func.jvp(call, values, values)[1]
+
+    expected = derivatives()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = derivatives()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 @every_case
 def test_deterministic(name):
     case = in_dtype(name, torch.float32)

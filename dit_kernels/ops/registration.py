@@ -236,7 +236,8 @@ def _autograd_functions(op: FusedOp) -> tuple[type, type]:
             needs = [bool(need) for need in ctx.needs_input_grad[2 : 2 + n]]
             if not torch.compiler.is_compiling() and torch.is_grad_enabled():
                 # a kernel has no second derivative: under create_graph the formula is differentiated
-                result = vjp(formula, grads, tensors, ctx.statics, needs, create_graph=True)
+                with _no_autocast(tensors):
+                    result = vjp(formula, grads, tensors, ctx.statics, needs, create_graph=True)
             else:
                 result = backward_op(
                     list(grads), *tensors, list(saved), *ctx.statics, needs, ctx.backend_name
@@ -256,7 +257,8 @@ def _autograd_functions(op: FusedOp) -> tuple[type, type]:
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors[:n]
-            result = jvp(formula, tensors, tangents[2 : 2 + n], ctx.statics)
+            with _no_autocast(tensors):
+                result = jvp(formula, tensors, tangents[2 : 2 + n], ctx.statics)
             return (*result, *(None,) * ctx.n_stats)
 
     Fused.__name__ = Fused.__qualname__ = op.name
