@@ -36,6 +36,28 @@ def test_an_infinite_oracle_wants_the_same_infinity():
         testing.assert_accurate(torch.zeros(2), oracle, oracle.float())
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_an_eager_that_overflows_excuses_nothing(wrong):
+    eager, actual = ORACLE.half(), ORACLE.half()
+    eager[0], actual[1] = torch.inf, wrong
+    assert testing.allowed(eager, ORACLE) < 0.01
+    with pytest.raises(AssertionError, match=r"error inf is above .*, the largest at \[1\]"):
+        testing.assert_accurate(actual, ORACLE, eager)
+
+
+def test_an_oracle_of_nan_passes_nothing():
+    oracle = torch.tensor([1.0, torch.nan], dtype=torch.float64)
+    with pytest.raises(AssertionError):
+        testing.assert_accurate(oracle.float(), oracle, oracle.float())
+
+
+def test_an_oracle_past_the_dtypes_range_wants_infinity():
+    oracle = torch.tensor([1.0, 1e6], dtype=torch.float64)
+    testing.assert_accurate(oracle.half(), oracle, oracle.half())
+    with pytest.raises(AssertionError):
+        testing.assert_accurate(torch.tensor([1.0, torch.nan]).half(), oracle, oracle.half())
+
+
 def test_another_shape_is_an_error():
     with pytest.raises(ValueError, match=r"must have the oracle's shape \[3\]; got \[1\]"):
         testing.error(torch.zeros(1), ORACLE)
