@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import audit, offline
-from dit_kernels import ops
+from dit_kernels import ops, testing
 from dit_kernels.ops import triton_launch
 
 pytestmark = pytest.mark.skipif(
@@ -31,11 +31,25 @@ def gated(samples: int, tokens: int, groups: int | None = None, channels: int = 
     torch.autograd.grad([out, y], [residual, branch, mod], cotangents)
 
 
+EXAMPLES = [case for case in testing.cases(torch.bfloat16) if case.op == "adaln"]
+
+
+@pytest.mark.parametrize("rounding", ["once", "eager"])
+@pytest.mark.parametrize("case", EXAMPLES, ids=lambda case: case.id)
+def test_every_form_compiles(case, rounding):
+    """The interpreter is laxer than the compiler: types of branches, constants, shapes."""
+    with offline.recorded() as launches:
+        testing.run(case.function, case.kwargs, backend="triton", rounding=rounding)
+    assert launches
+    for launch in launches:
+        launch.compile("sm_90")
+
+
 def test_one_variant_for_every_length():
     from dit_kernels.ops.adaln import triton as backend
 
     backend._plans.clear()
-    kernels = (backend._adaln_fwd_kernel, backend._adaln_bwd_kernel, backend._adaln_bwd_sums_kernel)
+    kernels = (backend.adaln_fwd_kernel, backend.adaln_bwd_kernel, backend.adaln_bwd_sums_kernel)
     with offline.launched("sm_90"):
         device = triton_launch.triton.runtime.driver.active.get_current_device()
         for kernel in kernels:
@@ -53,12 +67,12 @@ def test_no_launch_for_nothing():
 
 
 def test_gradient_sums_are_small():
-    """A row of sums for at least 32 tokens, once there are enough programs to fill a large GPU."""
+    """A row of sums for at least 64 tokens, once there are enough programs to fill a large GPU."""
     with offline.recorded() as launches:
         gated(256, 256, channels=1152)
     forward, backward, sums = launches
     assert forward.grid[0] >= 2048
-    assert backward.grid[0] <= 256 * 256 // 32
+    assert backward.grid[0] <= 256 * 256 // 64
     assert sums.grid[0] == 256
 
 

@@ -40,28 +40,36 @@ def split_row(channels: int, warps: int) -> tuple[int, ...]:
 
 
 class Config(NamedTuple):
+    """`resident`: warps that a multiprocessor holds at the registers this kernel takes (see the audit)."""
+
     parts: tuple[int, ...]
     num_warps: int
     num_stages: int
+    resident: int
 
 
 @functools.cache
-def configure(channels: int, kernel: str) -> Config:
-    """By the row's length alone: a new number of tokens changes nothing. Few warps a row keep the row's reductions cheap; the multiprocessor is filled by
-    the number of programs.
+def configure(channels: int, kernel: str, sums: int = 0) -> Config:
+    """By the row's length and the form alone: a new number of tokens changes nothing.
+
+    Few warps a row keep its reductions cheap; the multiprocessor is filled by the number of programs. From
+    8192 channels on the backward's column sums do not all fit the register file.
+
+    Args:
+        sums: column sums of the backward, each a float32 register a channel.
     """
+    held = HELD[kernel] if sums <= 3 else HELD[kernel] // 2
     warps = 1
-    while channels > HELD[kernel] * 32 * warps and warps < 16:
+    while channels > held * 32 * warps and warps < 16:
         warps *= 2
-    return Config(split_row(channels, warps), warps, 2)
+    return Config(split_row(channels, warps), warps, 2, 8 if kernel == "backward" else 14)
 
 
-def chunk_tokens(tokens: int, segment: int, slots: int, most: int) -> int:
-    """Tokens of one program: at least `slots` programs, not more than `most` tokens, evenly in a segment."""
-    chunk = 8
-    while chunk < most and tokens > 2 * chunk * slots:
-        chunk *= 2
-    pieces = -(-segment // chunk)
+def chunk_tokens(tokens: int, segment: int, resident: int, most: int) -> int:
+    """Tokens of one program, at most about `most`, so that whole waves of `resident` programs do equal work."""
+    segments = tokens // segment
+    waves = -(-tokens // (resident * most))
+    pieces = max(1, min(waves * resident // segments, segment // 4))
     return -(-segment // pieces)
 
 
