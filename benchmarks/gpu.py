@@ -1,6 +1,6 @@
 """`make gpu`: all that only a GPU can tell, in stages, on a bare machine without a network.
 
-    python3 -m benchmarks.gpu [build test memcheck audit bench ...]
+    python3 -m benchmarks.gpu [test memcheck bench-adaln ...]
 
 Needs torch, triton and pytest. Each stage has its own time limit, writes its log as it goes and cannot stop the
 next. Results go to $OUT, or to benchmarks/results/<device>; a summary is printed last.

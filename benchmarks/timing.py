@@ -8,8 +8,9 @@ CPU: a wall clock around each batch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -58,15 +59,33 @@ def _pass_over(calls: Sequence[Call]) -> Call:
     return run
 
 
+@contextlib.contextmanager
+def on_capture_stream(device: str) -> Iterator[None]:
+    """On a GPU, inside is the stream that graphs are captured on.
+
+    Autograd runs a backward on its forward's stream: only a forward made here leaves one that can be captured.
+    """
+    if device != "cuda":
+        yield
+        return
+    stream = _capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
 def _captured(run: Call) -> Call | None:
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.stream(stream):
+        with on_capture_stream("cuda"):
             run()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=_capture_stream()):
             run()
     except (RuntimeError, torch.AcceleratorError):
         with contextlib.suppress(RuntimeError):

@@ -84,6 +84,27 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     assert "out0 is off by" in failed["failed"]
 
 
+class TritonError(Exception):
+    """As Triton's out-of-resources and compilation errors: a plain Exception, perhaps without a message."""
+
+
+@pytest.mark.parametrize(
+    "error", [TritonError("out of resource: shared memory\nRequired"), TritonError()]
+)
+def test_a_kernel_that_fails_to_build_does_not_stop_the_run(monkeypatch, error):
+    from dit_kernels.ops.feed_forward import reference
+
+    def broken(*args):
+        raise error
+
+    monkeypatch.setattr(reference, "forward", broken)
+    rows = list(bench.run("cpu", ["gelu"], ["tiny-image"], torch.float32))
+    (failed,) = (row for row in rows if row["implementation"] == "reference")
+    message = "out of resource: shared memory" if error.args else "no message"
+    assert failed["failed"] == f"TritonError: {message}"
+    assert {row["implementation"] for row in rows} >= {"reference", "eager", "compile"}
+
+
 def test_compare_shows_what_moved_by_more_than_the_spread(tmp_path):
     key = {
         "case": "adaln",
