@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from dit_kernels import ops, testing
-from dit_kernels.ops.attention3d import reference
+from dit_kernels.ops import triton_launch
+from dit_kernels.ops.attention3d import reference, triton_backward, triton_program
 from dit_kernels.ops.attention3d import triton as backend
-from dit_kernels.ops.attention3d import triton_kernels as kernels
 from dit_kernels.ops.attention3d import triton_tiles as tiles
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -236,7 +236,7 @@ def test_only_the_gradients_asked_for(wanted):
     kwargs = qkv(1, 20, 1, 16)
     everything = testing.run("attention3d", kwargs, backend="triton").grads
     launched = []
-    launch = backend.launch
+    launch = triton_launch.launch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             backend, "launch", lambda k, *a, **o: launched.append(k) or launch(k, *a, **o)
@@ -246,7 +246,7 @@ def test_only_the_gradients_asked_for(wanted):
         cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
         out.backward(cotangent.to(out.dtype))
     assert all(torch.equal(leaves[name].grad, everything[name]) for name in wanted)
-    assert (kernels.attention3d_dq_kernel in launched) == ("q" in wanted)
+    assert (triton_backward.attention3d_dq_kernel in launched) == ("q" in wanted)
 
 
 def test_same_bits_in_every_run():
@@ -404,12 +404,12 @@ def test_one_compiled_variant_for_all_lengths(form, monkeypatch):
     nvidia = make_backend(GPUTarget("cuda", 90, 32))
 
     def record(kernel, grid, *args, **options):
-        function = JITFunction(kernel.fn, do_not_specialize=kernels.VARYING)
+        function = JITFunction(kernel.fn, do_not_specialize=triton_program.VARYING)
         binder = create_function_from_signature(function.signature, function.params, nvidia)
         _, specialization, rest = binder(*args, **options, debug=False)
         variants.setdefault(kernel.fn.__name__, set()).add(str((specialization, rest)))
 
-    monkeypatch.setattr(backend, "launch", record)
+    monkeypatch.setattr(triton_launch, "launch", record)
     for frames in (1, 2, 3, 5, 16):
         grid = (frames, 5, 7)
         x = torch.empty(1, frames * 35, 3, 4, 64, dtype=torch.bfloat16)

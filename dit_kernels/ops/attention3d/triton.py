@@ -1,6 +1,7 @@
 """The Triton backend of `attention3d`: which kernels a call needs, with which tiles.
 
-The kernels are in `triton_kernels.py`, the geometry of tiles and windows in `triton_tiles.py`.
+The kernels are in `triton_forward.py` and `triton_backward.py`, what they share in `triton_program.py`, the
+geometry of tiles and windows in `triton_tiles.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from dit_kernels.ops.attention3d import triton_kernels as kernels
+from dit_kernels.ops import triton_launch
+from dit_kernels.ops.attention3d import triton_backward, triton_forward
 from dit_kernels.ops.attention3d.triton_tiles import Triple, choose_cubes, count_tiles
-from dit_kernels.ops.triton_launch import launch, unsupported
 
 # -- configurations ------------------------------------------------------------------------------------
 
@@ -29,42 +30,86 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# (kernel, widest head dim, architecture) -> Config for 16-bit inputs; the first that fits is taken.
-# Chosen from compiled binaries: no spills, and tensor cores where the architecture has them.
-_TABLE: dict[str, dict[str, dict[int, Config]]] = {
-    "fwd": {
-        "sm_80": {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-        "sm_90": {64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2), 256: Config(128, 64, 8, 2)},
-        "amd": {64: Config(128, 64, 4, 1), 128: Config(128, 64, 8, 1), 256: Config(64, 32, 8, 1)},
+# architecture -> kernel -> (widest head dim, runs of tokens, cubes of patches) for 16-bit inputs.
+# Chosen from compiled binaries: no spills, tensor cores, and on sm_90 products that don't wait for one
+# another. Cubes keep more in registers. A wider tile at the same count of registers comes first.
+_TABLE: dict[str, dict[str, tuple[tuple[int, Config, Config], ...]]] = {
+    "sm_80": {
+        "fwd": (
+            (64, Config(128, 64, 4, 3), Config(64, 64, 4, 2)),
+            (128, Config(64, 64, 4, 3), Config(64, 32, 4, 2)),
+            (256, Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+        ),
+        "dq": (
+            (64, Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
+            (128, Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
+            (256, Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+        ),
+        "dkdv": (
+            (64, Config(32, 64, 4, 2), Config(32, 64, 4, 1)),
+            (128, Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
+            (256, Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
+        ),
     },
-    "dkdv": {
-        "sm_80": {64: Config(64, 64, 4, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
-        "sm_90": {64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 2), 256: Config(32, 64, 8, 1)},
-        "amd": {64: Config(32, 64, 4, 1), 128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+    "sm_90": {
+        "fwd": (
+            (64, Config(128, 128, 8, 3), Config(128, 64, 8, 3)),
+            (128, Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
+            (256, Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+        ),
+        "dq": (
+            (64, Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
+            (128, Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+            (256, Config(128, 32, 8, 1), Config(128, 16, 8, 1)),
+        ),
+        "dkdv": (
+            (64, Config(64, 128, 8, 2), Config(64, 128, 8, 2)),
+            (96, Config(64, 128, 8, 2), Config(32, 128, 8, 2)),
+            (128, Config(64, 128, 8, 2), Config(16, 128, 8, 2)),
+            (256, Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
+        ),
     },
-    "dq": {
-        "sm_80": {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
-        "sm_90": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 1)},
-        "amd": {64: Config(64, 32, 4, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
+    "amd": {
+        "fwd": (
+            (64, Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
+            (128, Config(128, 64, 8, 1), Config(64, 32, 4, 1)),
+            (256, Config(64, 32, 8, 1), Config(32, 32, 8, 1)),
+        ),
+        "dq": (
+            (64, Config(64, 32, 4, 1), Config(64, 32, 4, 1)),
+            (128, Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
+            (256, Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+        ),
+        "dkdv": (
+            (64, Config(32, 64, 4, 1), Config(32, 64, 4, 1)),
+            (128, Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
+            (256, Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+        ),
     },
-}  # fmt: skip
-_FLOAT32 = {64: Config(64, 32, 4, 1), 128: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)}
+}
+_TABLE["sm_100"] = _TABLE["sm_90"]
+_FLOAT32 = ((64, Config(64, 32, 4, 1)), (128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1)))
 
 
-def configuration(kernel: str, dim: int, dtype: torch.dtype, architecture: str) -> Config:
+def configuration(
+    kernel: str, dim: int, dtype: torch.dtype, architecture: str, cubes: bool = False
+) -> Config:
     """The tiles of a kernel for a shape class; the number of tokens has no part in it."""
-    table = _FLOAT32 if dtype == torch.float32 else _TABLE[kernel][architecture]
-    return next(config for widest, config in table.items() if dim <= widest)
+    if dtype == torch.float32:
+        return next(config for widest, config in _FLOAT32 if dim <= widest)
+    table = _TABLE[architecture][kernel]
+    return next(found[cubes] for widest, *found in table if dim <= widest)
 
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The row of the table for a device."""
+    """The row of the table for a device; where there is no GPU, as in the audit, that of Hopper."""
     if torch.version.hip is not None:
         return "amd"
     if device.type != "cuda":
         return "sm_90"
-    return "sm_80" if torch.cuda.get_device_capability(device)[0] == 8 else "sm_90"
+    major = torch.cuda.get_device_capability(device)[0]
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 @functools.cache
@@ -85,7 +130,7 @@ def supports(
     text_tokens: int, text_first: bool, causal_time: bool, max_seqlen: int, scale: float, *_: Any,
 ) -> str | None:  # fmt: skip
     """Why Triton cannot serve this call, or None."""
-    reason = unsupported((q, k, v, text_lens, kv_lens, cu_seqlens))
+    reason = triton_launch.unsupported((q, k, v, text_lens, kv_lens, cu_seqlens))
     if reason:
         return reason
     if q.shape[-1] > 256:
@@ -107,6 +152,10 @@ class _Call(NamedTuple):
     text_first: bool
     causal: bool
     sequences: int  # of a packed batch, else 0
+
+    @property
+    def windowed(self) -> bool:
+        return self.window != (0, 0, 0)
 
 
 def _call(
@@ -152,7 +201,7 @@ def _tiles(
     block = config.block_n if by_key else config.block_m
     cube: Triple = (1, 1, 1)
     cubes = (cube, cube)
-    windowed = call.window != (0, 0, 0)
+    windowed = call.windowed
     if windowed and call.grids:
         cubes = choose_cubes(
             tuple(dict.fromkeys(call.grids)), call.window, call.stride, config.block_m, config.block_n
@@ -211,7 +260,7 @@ def _precision(dtype: torch.dtype) -> str:
 def _wide(call: _Call, tensors: Sequence[Tensor], config: Config, tiles: _Tiles) -> bool:
     """Whether two rows of one tile can be 2^31 elements apart."""
     rows = max(config.block_m, config.block_n)
-    if call.window != (0, 0, 0):
+    if call.windowed:
         planes = max(tiles.geometry[9], tiles.geometry[12])
         rows = max(rows, planes * max(h * w for _, h, w in call.grids))
     row = max(tensors[0].shape[2] * tensors[0].shape[3], *(abs(x.stride(1)) for x in tensors))
@@ -223,7 +272,7 @@ def _options(
 ) -> dict[str, Any]:
     return dict(
         WIDE=_wide(call, (q, *tensors), config, tiles),
-        CUBES=call.window != (0, 0, 0),
+        CUBES=call.windowed,
         CAUSAL=call.causal,
         TEXT=call.text > 0,
         PRECISION=_precision(q.dtype),
@@ -245,13 +294,13 @@ def forward(
     call = _call(
         q, cu_seqlens, text_lens, grid, window_size, stride, text_tokens, text_first, causal_time
     )
-    config = configuration("fwd", dim, q.dtype, architecture(q.device))
+    config = configuration("fwd", dim, q.dtype, architecture(q.device), call.windowed)
     tiles = _tiles(call, queries, config, False, cu_seqlens is not None, q.device)
     unit = _unit(q, k, v)
     out = q.new_empty(q.shape)
     lse = q.new_empty((samples, heads, queries), dtype=torch.float32)
-    launch(
-        kernels.attention3d_fwd_kernel,
+    triton_launch.launch(
+        triton_forward.attention3d_fwd_kernel,
         (samples * heads * tiles.tiles,),
         q, k, v, out, lse, text_lens, kv_lens, cu_seqlens, tiles.table,
         *_strides(q, unit), *_strides(k, unit), *_strides(v, unit),
@@ -285,8 +334,8 @@ def backward(
     rows = q.new_empty((samples, heads, queries, 4), dtype=torch.float32)
     row_tiles = -(-queries // 64)
     unit = _unit(dout)
-    launch(
-        kernels.attention3d_rows_kernel,
+    triton_launch.launch(
+        triton_backward.attention3d_rows_kernel,
         (samples * heads * row_tiles,),
         out, dout, lse, None if dlse is None else dlse.contiguous(), rows, *_strides(dout, unit),
         queries, heads, row_tiles,
@@ -301,11 +350,11 @@ def backward(
         by_key = name == "dkdv"
         # sm_90: with a part of 16, ptxas makes the products of this kernel wait for one another (C7514)
         least = 32 if by_key and architecture(q.device) == "sm_90" else 16
-        config = configuration(name, dim, q.dtype, architecture(q.device))
+        config = configuration(name, dim, q.dtype, architecture(q.device), call.windowed)
         tiles = _tiles(
             call, keys if by_key else queries, config, by_key, cu_seqlens is not None, q.device
         )
-        launch(
+        triton_launch.launch(
             kernel,
             (samples * (kv_heads if by_key else heads) * tiles.tiles,),
             q, k, v, dout, rows, *results, text_lens, kv_lens, cu_seqlens, tiles.table,
@@ -313,14 +362,15 @@ def backward(
             call.sequences, tiles.tiles, scale, *tiles.geometry,
             D=dim, PARTS=parts(dim, least), STEPS=steps, UNIT=unit,
             **_options(call, q, config, tiles, k, v, dout),
+            **(dict(GROUPED=heads != kv_heads) if by_key else {}),
         )  # fmt: skip
 
     found: list[Tensor] = []
     if needs[0]:
         found.append(q.new_empty(q.shape))
-        run(kernels.attention3d_dq_kernel, "dq", [found[0]])
+        run(triton_backward.attention3d_dq_kernel, "dq", [found[0]])
     if needs[1] or needs[2]:
         both = [k.new_empty(k.shape), v.new_empty(v.shape)]
-        run(kernels.attention3d_dkdv_kernel, "dkdv", both)
+        run(triton_backward.attention3d_dkdv_kernel, "dkdv", both)
         found += [grad for grad, need in zip(both, needs[1:3], strict=True) if need]
     return found

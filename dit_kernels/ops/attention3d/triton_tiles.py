@@ -14,7 +14,7 @@ mask. start() never decreases, so the query cubes that see a key cube are a box 
 
 Inside a cube a mask costs two operations a score. A key is three bits, one for its place along each axis; a
 query is the set of the places it doesn't see; the key is hidden if the two meet. Bit 31 hides a lane that
-holds no key.
+holds no key, and a place past the grid is one that no query sees.
 """
 
 from __future__ import annotations
@@ -106,15 +106,6 @@ def token_of(place, grid):
 
 
 @triton.jit
-def in_cube(origin, place, lane, grid, cube):
-    """Whether a lane of the cube holds a patch: the cube's last lanes, and those past the grid, do not."""
-    inside = lane < cube[0] * cube[1] * cube[2]
-    inside &= place[0] < grid[0] - origin[0]
-    inside &= place[1] < grid[1] - origin[1]
-    return inside & (place[2] < grid[2] - origin[2])
-
-
-@triton.jit
 def window_start(position, length, window, stride):
     """First position that `position` sees along an axis: its group's leader, centred, clamped."""
     leader = tl.minimum(position // stride * stride + stride // 2, length - 1)
@@ -189,9 +180,16 @@ def inside_box(origin, cube, first, end):
 
 
 @triton.jit
-def key_bits(place, cube):
-    """One bit a key for its place in the cube along each axis."""
-    return (1 << place[0]) | (1 << (cube[0] + place[1])) | (1 << (cube[0] + cube[1] + place[2]))
+def lane_bits(place, lane, cube):
+    """One bit a lane for its place in the cube along each axis; bit 31 for the lanes that the cube doesn't fill."""
+    bits = (1 << place[0]) | (1 << (cube[0] + place[1])) | (1 << (cube[0] + cube[1] + place[2]))
+    return tl.where(lane < cube[0] * cube[1] * cube[2], bits, NOTHING)
+
+
+@triton.jit
+def in_grid(bits, origin, grid, cube):
+    """Which lanes of the cube at `origin` hold a patch of the grid."""
+    return (bits & hidden_bits((0, 0, 0), grid, origin, cube)) == 0
 
 
 @triton.jit
@@ -208,6 +206,36 @@ def hidden_bits(first, end, origin, cube):
     h = axis_bits(first[1], end[1], origin[1], cube[1])
     w = axis_bits(first[2], end[2], origin[2], cube[2])
     return ~(t | (h << cube[0]) | (w << (cube[0] + cube[1])))
+
+
+@triton.jit
+def _by_axis(axis, values):
+    return tl.where(
+        axis == 0, values[0], tl.where(axis == 1, values[1], tl.where(axis == 2, values[2], 0))
+    )
+
+
+@triton.jit
+def hidden_from_queries(
+    q_origin, q_cube, rows, grid, window, stride, k_origin, k_cube, CAUSAL: tl.constexpr
+):
+    """`hidden_bits` of every query of a cube for one key cube.
+
+    The axes are columns of a [BLOCK, 4] tile that is summed at the end: so each thread works out one axis of
+    one query. On vectors the compiler would have every thread work out all of its columns of the scores.
+    """
+    axis = tl.arange(0, 4)[None, :]
+    rows = rows[:, None]
+    place = _by_axis(axis, place_in(q_cube, rows))
+    length, width = _by_axis(axis, grid), _by_axis(axis, window)
+    side, origin = _by_axis(axis, k_cube), _by_axis(axis, k_origin)
+    position = _by_axis(axis, q_origin) + place
+    first = window_start(position, length, width, tl.maximum(_by_axis(axis, stride), 1))
+    end = first + width
+    if CAUSAL:
+        end = tl.where(axis == 0, tl.minimum(end, position + 1), end)
+    shift = tl.where(axis == 1, k_cube[0], tl.where(axis == 2, k_cube[0] + k_cube[1], 0))
+    return ~tl.sum(axis_bits(first, end, origin, side) << shift, 1)
 
 
 # -- on the host ---------------------------------------------------------------------------------------
