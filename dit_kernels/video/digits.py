@@ -91,7 +91,8 @@ class MovingDigits:
     """An endless list of (video, caption), the same for the same seed and index on every machine.
 
     A digit whose path fits in the frame stays inside it; a longer path leaves at one edge and
-    comes back at the opposite one, so the direction never changes.
+    comes back at the opposite one, so the direction never changes. All positions are multiples of
+    the speed, which is a quarter of the places to learn a digit at and looks no different.
 
     Args:
         frames: frames in a clip, F.
@@ -143,11 +144,12 @@ class MovingDigits:
         for step, length in zip(DIRECTIONS[direction], self.size, strict=True):
             room = length - DIGIT_SIZE
             if step == 0:
-                first = rng.integers(room + 1)
+                first = SPEED * rng.integers(room // SPEED + 1)
             elif travel <= room:
-                first = rng.integers(room - travel + 1) + (travel if step < 0 else 0)
+                first = SPEED * rng.integers((room - travel) // SPEED + 1)
+                first += travel if step < 0 else 0
             else:
-                first = rng.integers(length)
+                first = SPEED * rng.integers(length // SPEED)
             path = first + step * SPEED * np.arange(self.frames)
             rows_columns.append((path[:, None] + np.arange(DIGIT_SIZE)) % length)  # [F, 14]
         rows, columns = rows_columns

@@ -34,18 +34,19 @@ OPTIMIZERS = ("muon", "adamw")
 class TrainingConfig:
     """Settings of a run; the defaults made the weights that ship with the package."""
 
-    steps: int = 6_000
+    steps: int = 4_000
     batch_size: int = 16
     optimizer: str = "muon"
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     warmup_steps: int = 200
+    decay_share: float = 0.3
     weight_decay: float = 0.01
     gradient_norm: float = 1.0
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
     time_mean: float = 1.6
     time_std: float = 1.0
-    checkpoint_every: int = 500
+    checkpoint_every: int = 200
     seed: int = 0
     bf16: bool = True
 
@@ -146,12 +147,11 @@ class Trainer:
         return clean.to(self.device), captions, t.to(self.device), noise.to(self.device)
 
     def _rate(self) -> float:
-        """Learning rate over its peak: linear warm-up, then a cosine down to zero."""
-        config, step = self.config, self.step_number
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * done))
+        """Learning rate over its peak: a linear warm-up, level, a linear way down to zero."""
+        config = self.config
+        risen = (self.step_number + 1) / config.warmup_steps
+        left = (config.steps - self.step_number) / (config.decay_share * config.steps)
+        return min(1.0, risen, left)
 
     @torch.no_grad()
     def _average(self) -> None:
