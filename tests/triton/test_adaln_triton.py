@@ -254,6 +254,46 @@ def test_long_rows_are_refused():
         ops.adaln(torch.empty(1, 1, 16385), backend="triton")
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_one_graph(dynamic):
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    def compiled(**kwargs: Tensor) -> Any:
+        return ops.gated_adaln(**kwargs, backend="triton")
+
+    for tokens in (3, 5):
+        kwargs = dict(residual=randn(2, tokens, 40), branch=randn(2, tokens, 40).neg(),
+            gate=randn(2, 40), shift=randn(2, 40), scale=randn(2, tokens, 40))  # fmt: skip
+        expected = testing.run("gated_adaln", kwargs, backend="triton").all()
+        actual = testing.run(compiled, kwargs).all()
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_opcheck():
+    x, row, weight = randn(2, 3, 40), randn(2, 40), randn(40)
+    tensors = [t.requires_grad_() if t is not None else None for t in
+        (randn(2, 3, 40).neg(), x, row, None, weight, row.neg(), randn(2, 3, 40) * 2,
+         weight.neg(), None, None, None, weight * 2, weight * 3)]  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.dit_kernels.adaln.default,
+        (*tensors, None, "layer", "tanh", "rms", 1e-6, "once", True, "triton"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_second_derivative_through_the_formula():
+    def second(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        x, scale = (randn(*s).to(dtype).requires_grad_() for s in ((1, 3, 40), (1, 40)))
+        y = ops.adaln(x, None, scale, backend=backend)
+        (dx,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), (x, scale))
+
+    runs = (("triton", torch.float32), ("reference", torch.float64), ("reference", torch.float32))
+    for actual, oracle, eager in zip(*(second(*run) for run in runs), strict=True):
+        testing.assert_accurate(actual, oracle, eager)
+
+
 class Calls(TorchDispatchMode):
     """Every aten op, and the bytes of what it allocates."""
 

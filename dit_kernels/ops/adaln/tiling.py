@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dit_kernels.ops import triton_rows
+
 # channels of each tensor in a thread, at most: the more tensors and column sums, the fewer
 HELD = {"norm": 40, "gated": 24, "backward": 24}
 # a modulation row must serve at least this many tokens for a forward program to keep it in registers
@@ -16,27 +18,11 @@ _SHARED = 16
 
 
 def split_row(channels: int, warps: int) -> tuple[int, ...]:
-    """Powers of two that cover a row with at most a seventh of padding (from 512 channels on).
-
-    Equal parts, which are reduced as one, where they still give each thread 16 bytes; else at most three.
-    """
-    if channels <= 64:
-        return (_power_of_two(channels),)
+    """Powers of two that cover a row: equal parts, which are reduced as one, where each gives a thread 16 bytes."""
     equal = channels & -channels
     if equal >= 256 * warps and channels // equal <= 5:
         return (equal,) * (channels // equal)
-    parts: list[int] = []
-    rest = channels
-    while rest > 0:
-        cover = max(16, _power_of_two(rest))
-        if 8 * (cover - rest) <= channels or len(parts) == 2:
-            parts.append(cover)
-            break
-        parts.append(cover // 2)
-        rest -= cover // 2
-    while len(parts) > 1 and parts[-1] == parts[-2]:
-        parts[-2:] = [2 * parts[-1]]
-    return tuple(parts)
+    return triton_rows.split(channels, 16)
 
 
 class Config(NamedTuple):
@@ -160,7 +146,3 @@ def vector(strides: Sequence[tuple[int, int, int]]) -> tuple[int, bool]:
             return 1, False
         bits |= outer | inner
     return bits & -bits, True
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
