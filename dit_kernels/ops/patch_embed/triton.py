@@ -67,6 +67,13 @@ def _patch_offsets(
 
 
 @triton.jit
+def _dot(a, b, total, NATIVE: tl.constexpr, PRECISION: tl.constexpr):
+    if NATIVE:
+        return tl.dot(a, b, total)
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+
+
+@triton.jit
 def _load_weight(
     ptr, c, k, s_o, s_c, s_t, s_h, s_w, C: tl.constexpr, CIN: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr,
     PW: tl.constexpr, LAST: tl.constexpr, W_UNIT: tl.constexpr,
@@ -105,37 +112,54 @@ def _patch_embed_fwd_kernel(
     C: tl.constexpr, CIN: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     LAST: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr, W_UNIT: tl.constexpr, P_VEC: tl.constexpr,
     P_UNIT: tl.constexpr, NATIVE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = CIN * PT * PH * PW
-    m = (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    COLUMNS: tl.constexpr = STEPS * BLOCK_C
+    m = (tl.program_id(0) // tl.cdiv(C, COLUMNS)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(0) % tl.cdiv(C, COLUMNS) * COLUMNS
+    live = m < M
     patches = _patch_offsets(m, N, Gh, Gw, v_sb, v_sf, v_sy, v_sx, PT, PH, PW, LAST, VEC, UNIT)
-    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
+    if K <= BLOCK_K:
+        k = tl.arange(0, BLOCK_K)
         values = _value_offsets(k, v_sc, v_sf, v_sy, v_sx, CIN, PT, PH, PW, LAST, VEC, UNIT)
-        mask = (m < M)[:, None] & (k < K)[None, :]
+        mask = live[:, None] & (k < K)[None, :]
         a = tl.load(video_ptr + patches[:, None] + values[None, :], mask=mask, other=0.0)
-        w = _load_weight(
-            weight_ptr, c[None, :], k[:, None], w_so, w_sc, w_st, w_sh, w_sw, C, CIN, PT, PH, PW, LAST, W_UNIT
-        )  # fmt: skip
-        if NATIVE:
-            total = tl.dot(a, w, total)
+    for c0 in range(first, tl.minimum(first + COLUMNS, C), BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        if K <= BLOCK_K:
+            w = _load_weight(
+                weight_ptr, c[None, :], k[:, None], w_so, w_sc, w_st, w_sh, w_sw, C, CIN, PT, PH, PW, LAST, W_UNIT
+            )  # fmt: skip
+            total = _dot(a, w, total, NATIVE, PRECISION)
         else:
-            total = tl.dot(a.to(tl.float32), w.to(tl.float32), total, input_precision=PRECISION)
+            for k0 in range(0, K, BLOCK_K):
+                ks = k0 + tl.arange(0, BLOCK_K)
+                values = _value_offsets(
+                    ks, v_sc, v_sf, v_sy, v_sx, CIN, PT, PH, PW, LAST, VEC, UNIT
+                )
+                mask = live[:, None] & (ks < K)[None, :]
+                part = tl.load(video_ptr + patches[:, None] + values[None, :], mask=mask, other=0.0)
+                w = _load_weight(
+                    weight_ptr, c[None, :], ks[:, None], w_so, w_sc, w_st, w_sh, w_sw, C, CIN, PT, PH, PW, LAST,
+                    W_UNIT,
+                )  # fmt: skip
+                total = _dot(part, w, total, NATIVE, PRECISION)
 
-    mask = (m < M)[:, None] & (c < C)[None, :]
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    if pos_ptr is not None:
-        n = m % N
-        if P_UNIT:
-            at = (n * (p_sn * P_VEC))[:, None] + c[None, :]
-        else:
-            at = (n * p_sn)[:, None] + (c.to(tl.int64) * p_sc)[None, :]
-        total += tl.load(pos_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + m[:, None] * C + c[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
+        if bias_ptr is not None:
+            total += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        cells = live[:, None] & (c < C)[None, :]
+        if pos_ptr is not None:
+            n = m % N
+            if P_UNIT:
+                at = (n * (p_sn * P_VEC))[:, None] + c[None, :]
+            else:
+                at = (n * p_sn)[:, None] + (c.to(tl.int64) * p_sc)[None, :]
+            total += tl.load(pos_ptr + at, mask=cells, other=0.0).to(tl.float32)
+        tl.store(
+            out_ptr + m[:, None] * C + c[None, :], total.to(out_ptr.dtype.element_ty), mask=cells
+        )
 
 
 @triton.jit
@@ -180,10 +204,7 @@ def _patch_embed_bwd_video_kernel(
         w = _load_weight(
             weight_ptr, c[:, None], k[None, :], w_so, w_sc, w_st, w_sh, w_sw, C, CIN, PT, PH, PW, False, W_UNIT
         )  # fmt: skip
-        if NATIVE:
-            total = tl.dot(g, w, total)
-        else:
-            total = tl.dot(g.to(tl.float32), w.to(tl.float32), total, input_precision=PRECISION)
+        total = _dot(g, w, total, NATIVE, PRECISION)
     patches = _patch_offsets(m, N, Gh, Gw, v_sb, v_sf, v_sy, v_sx, PT, PH, PW, False, 1, True)
     values = _value_offsets(k, v_sc, v_sf, v_sy, v_sx, CIN, PT, PH, PW, False, 1, True)
     # neighbours in memory are neighbouring patches: they go to neighbouring threads
@@ -227,15 +248,7 @@ def _patch_embed_bwd_weight_kernel(
             )
             mask = live[:, None] & (k < K)[None, :]
             a = tl.load(video_ptr + patches[:, None] + values[None, :], mask=mask, other=0.0)
-            if NATIVE:
-                weight_sums = tl.dot(tl.trans(g), a, weight_sums)
-            else:
-                weight_sums = tl.dot(
-                    tl.trans(g).to(tl.float32),
-                    a.to(tl.float32),
-                    weight_sums,
-                    input_precision=PRECISION,
-                )
+            weight_sums = _dot(tl.trans(g), a, weight_sums, NATIVE, PRECISION)
         if bias_sums_ptr is not None:
             bias_sums += tl.sum(g.to(tl.float32), axis=0)
     if weight_sums_ptr is not None:
@@ -284,8 +297,8 @@ def forward(
     if out.numel() == 0:
         return [out]
     gather = _gather(video, weight)
-    native, precision = _dot(video.dtype, weight.dtype)
-    block_m, block_c, block_k, stages = _configure(channels, weight[0].numel(), native)
+    native, precision = _products(video.dtype, weight.dtype)
+    config = _configure(channels, weight[0].numel(), native)
     pos_strides, pos_vec, pos_unit = (0, 0), 1, True
     if pos_embed is not None:
         pos_unit = pos_embed.stride(1) == 1
@@ -293,11 +306,12 @@ def forward(
         pos_strides = (pos_embed.stride(0) // pos_vec, pos_embed.stride(1))
     rows = video.shape[0] * tokens
     triton_launch.launch(
-        _patch_embed_fwd_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(channels, block_c),),
+        _patch_embed_fwd_kernel,
+        (triton.cdiv(rows, config.block_m) * triton.cdiv(channels, config.steps * config.block_c),),
         video, weight, _vector(bias), pos_embed, out, rows, tokens, grid[1], grid[2],
         *gather.strides, *weight.stride(), *pos_strides,
         *weight.shape, gather.last, gather.vec, gather.unit, weight.is_contiguous(), pos_vec, pos_unit,
-        native, precision, block_m, block_c, block_k, num_warps=4, num_stages=stages,
+        native, precision, *config, num_warps=8 if native else 4, num_stages=2,
     )  # fmt: skip
     return [out]
 
@@ -328,17 +342,17 @@ def backward(
     g_strides = (dtokens.stride(0) // g_vec, dtokens.stride(1) // g_vec, dtokens.stride(2))
 
     if dvideo is not None:
-        native, precision = _dot(dtokens.dtype, weight.dtype)
+        native, precision = _products(dtokens.dtype, weight.dtype)
         block_k = max(16, min(64, triton_rows.power_of_two(volume)))
         triton_launch.launch(
             _patch_embed_bwd_video_kernel, (triton.cdiv(sizes[0], 64) * triton.cdiv(volume, block_k),),
             dtokens, weight, dvideo, *sizes, *g_strides, *dvideo.stride(), *weight.stride(),
             *weight.shape, g_vec, g_unit, weight.is_contiguous(), native, precision,
-            64, 64 if native else 32, block_k, num_warps=4, num_stages=3,
+            64, 64 if native else 32, block_k, num_warps=8, num_stages=3,
         )  # fmt: skip
     if dweight is not None or dbias is not None:
         gather = _gather(video, weight)
-        native, precision = _dot(dtokens.dtype, video.dtype)
+        native, precision = _products(dtokens.dtype, video.dtype)
         block_c = max(16, min(128 if native else 64, triton_rows.power_of_two(channels)))
         block_k = max(16, min(64, triton_rows.power_of_two(volume)))
         columns, depth = triton.cdiv(channels, block_c), triton.cdiv(volume, block_k)
@@ -399,19 +413,24 @@ def _gather(video: Tensor, weight: Tensor) -> _Gather:
     return _Gather((sample // vec, channel // vec, frame // vec, line // vec, 1), False, vec, True)
 
 
-def _dot(left: torch.dtype, right: torch.dtype) -> tuple[bool, str]:
+def _products(left: torch.dtype, right: torch.dtype) -> tuple[bool, str]:
     """(whether the operands are multiplied as they come, in 16 bits; the precision of float32 products)."""
     tf32 = torch.backends.cuda.matmul.allow_tf32
     return left == right and left != torch.float32, "tf32" if tf32 else "ieee"
 
 
+class _Config(NamedTuple):
+    block_m: int
+    block_c: int
+    block_k: int
+    steps: int  # column blocks of a program, which keeps its patches
+
+
 @functools.cache
-def _configure(channels: int, volume: int, native: bool) -> tuple[int, int, int, int]:
-    """(BLOCK_M, BLOCK_C, BLOCK_K, stages)"""
-    block_c = max(16, min(128 if native else 64, triton_rows.power_of_two(channels)))
+def _configure(channels: int, volume: int, native: bool) -> _Config:
+    block_c = max(16, min(64, triton_rows.power_of_two(channels)))
     block_k = max(16, min(64 if native else 32, triton_rows.power_of_two(volume)))
-    stages = 1 if volume <= block_k else 3
-    return 64, block_c, block_k, stages
+    return _Config(128 if native else 64, block_c, block_k, 4)
 
 
 def _chunk(video: Tensor, rows: int, blocks: int, block_m: int) -> int:
