@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_kernels import models
-from dit_kernels.models import DiT, DiT_models
+from dit_kernels.models import DiT, DiT_models, dit
 
 # Peebles & Xie 2023, table 4: GFLOPs (one per multiply-add) and millions of parameters at 256 x 256
 PAPER = {
@@ -309,6 +310,34 @@ def test_a_time_a_frame(kind):
     close(model(x, frames, **given), model(x, t, **given))
     frames[:, 0] = 0.0
     assert not torch.allclose(model(x, frames, **given), model(x, t, **given), atol=1e-3)
+
+
+@pytest.mark.parametrize("position", ["sincos", "rope"])
+def test_shapes_alone_leave_no_position_table_behind(position):
+    """A run on fake tensors (an estimate of memory, say), before and after a real one of that size."""
+    options = dict(hidden_size=32, depth=1, num_heads=2, pos_embed=position)
+    model, x, t = DiT(input_size=(1, 8, 8), **options), torch.randn(1, 4, 12, 20), torch.zeros(1)
+    for _ in range(2):
+        with FakeTensorMode():
+            fake = DiT(input_size=(1, 8, 8), **options)(torch.randn(x.shape), torch.zeros(1))
+        assert type(fake) is not torch.Tensor
+        out = model(x, t)
+        assert type(out) is torch.Tensor
+        assert fake.shape == out.shape
+
+
+def test_position_tables_are_kept_up_to_a_size(monkeypatch):
+    made = []
+
+    def make(rows):
+        made.append(rows)
+        return (torch.zeros(rows, 1),)
+
+    monkeypatch.setattr(dit, "_kept", {})
+    monkeypatch.setattr(dit, "_KEPT_BYTES", 4 * 10)
+    for rows in (3, 4, 3, 5, 3, 4, 20, 20, 3):  # 5 pushes 4 out; 20 is kept alone
+        assert dit._table(make, rows)[0].shape == (rows, 1)
+    assert made == [3, 4, 5, 4, 20, 3]
 
 
 def test_images_and_other_sizes():

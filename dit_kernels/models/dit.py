@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.utils.checkpoint import checkpoint
 
 from dit_kernels import ops
@@ -366,13 +367,12 @@ class DiT(nn.Module):
             return None
         if grid == self.input_grid:
             return self.pos_embed
-        return _sincos_table(self.hidden_size, grid, self.is_image and grid[0] == 1, device)
+        return _table(_sincos, self.hidden_size, grid, self.is_image and grid[0] == 1, device)[0]
 
     def _rotation(self, grid: Grid, device: torch.device) -> dict[str, Any]:
         if self.pos_embed is not None:
             return {}
-        make = ops.rope_3d if torch.compiler.is_compiling() else _rope_table
-        cos, sin = make(grid, self.rope_dims, self.rope_theta, device=device)
+        cos, sin = _table(_rope, grid, self.rope_dims, self.rope_theta, device)
         return {"cos": cos, "sin": sin, "rope_len": cos.shape[0]}
 
     def _packed_rotation(
@@ -463,20 +463,39 @@ def rope_split(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * space, space, space
 
 
-# Tables are made once a grid, in eager mode: Dynamo traces the making and warns about a cache. A table
-# made under inference_mode could not be saved for backward later.
-@functools.lru_cache(maxsize=64)
-def _rope_table(
+# Position tables are kept from call to call, up to this many bytes: one of a long video takes 100 MB
+_KEPT_BYTES = 1 << 28
+_kept: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
+
+
+def _table(make: Callable[..., tuple[Tensor, ...]], *key: Any) -> tuple[Tensor, ...]:
+    """make(*key), kept in eager mode; the least recently used goes first."""
+    if torch.compiler.is_compiling() or detect_fake_mode() is not None:
+        return make(*key)
+    name = (make, *key)
+    found = _kept.pop(name, None)
+    if found is None:
+        # one made under inference_mode could not be saved for backward later
+        with torch.inference_mode(False):
+            found = make(*key)
+        # one made in a CUDA graph holds nothing before the graph is replayed
+        if found[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return found
+        size = sum(t.nbytes for tables in (*_kept.values(), found) for t in tables)
+        while size > _KEPT_BYTES and _kept:
+            size -= sum(t.nbytes for t in _kept.pop(next(iter(_kept))))
+    _kept[name] = found
+    return found
+
+
+def _rope(
     grid: Grid, dims: tuple[int, ...], theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):
-        return ops.rope_3d(grid, dims, theta, device=device)
+    return ops.rope_3d(grid, dims, theta, device=device)
 
 
-@functools.lru_cache(maxsize=64)
-def _sincos_table(channels: int, grid: Grid, image: bool, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return sincos_3d(channels, grid, image).to(device)
+def _sincos(channels: int, grid: Grid, image: bool, device: torch.device) -> tuple[Tensor]:
+    return (sincos_3d(channels, grid, image).to(device),)
 
 
 def _joint_rows(
