@@ -98,6 +98,10 @@ TOKENS = torch.randn(1, 12, 16)
             "the patch [2, 2, 2] must divide the video",
         ),
         (
+            lambda: ops.patch_embed(VIDEO, WEIGHT[:, :, :0]),
+            "the patch [0, 2, 2] must divide the video (F, Y, X); got [4, 6, 8]",
+        ),
+        (
             lambda: ops.patch_embed(VIDEO, WEIGHT, pos_embed=torch.ones(5, 16)),
             "pos_embed must be [N, C] = [24, 16]; got [5, 16]",
         ),

@@ -55,7 +55,7 @@ def patch_embed(
             f"{NAME}: video has {video.shape[1]} channels; weight {list(weight.shape)} takes {weight.shape[1]}"
         )
     size, patch = video.shape[2:], weight.shape[2:]
-    if any(length % p for length, p in zip(size, patch, strict=True)):
+    if any(p < 1 or length % p for length, p in zip(size, patch, strict=True)):
         raise ValueError(
             f"{NAME}: the patch {list(patch)} must divide the video (F, Y, X); got {list(size)}"
         )
