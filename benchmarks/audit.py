@@ -28,9 +28,9 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.cases import cases_for
+from benchmarks.cases import Arguments, Case, Random, cases_for
 from benchmarks.offline import TARGETS, Launch, recorded
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, Shape
 from dit_kernels import backends, ops
 
 SHAPES_AUDITED = tuple(name for name in SHAPES if not name.startswith("tiny-"))
@@ -45,21 +45,66 @@ LIMITS = {
 }
 
 
+def _tokens(shape: Shape, randn: Random) -> Arguments:
+    size = (shape.batch, shape.tokens, shape.channels)
+    return {"residual": randn(*size), "branch": randn(*size)}
+
+
+def _rows(shape: Shape, randn: Random, *rows: int) -> Arguments:
+    gate, shift, scale = randn(*rows, 3 * shape.channels).chunk(3, dim=-1)
+    return {"gate": gate, "shift": shift, "scale": scale}
+
+
+def _affine(shape: Shape, randn: Random) -> Arguments:
+    rows = _rows(shape, randn, shape.batch)
+    return {**_tokens(shape, randn), **rows, "weight": randn(shape.channels), "bias": randn(shape.channels)}  # fmt: skip
+
+
+def _tables(shape: Shape, randn: Random) -> Arguments:
+    """Float32 modulation and tables on bfloat16 tokens."""
+    rows = {name: row.float() for name, row in _rows(shape, randn, shape.batch).items()}
+    tables = {f"{name}_table": randn(shape.channels).float() for name in rows}
+    return {**_tokens(shape, randn), **rows, **tables}
+
+
+def _row_a_token(shape: Shape, randn: Random) -> Arguments:
+    return {**_tokens(shape, randn), **_rows(shape, randn, shape.batch, shape.tokens)}
+
+
+def _row_index(shape: Shape, randn: Random) -> Arguments:
+    index = torch.zeros(shape.batch, shape.tokens, dtype=torch.int32)
+    return {**_tokens(shape, randn), **_rows(shape, randn, 2), "row_index": index}
+
+
+def _sandwich(shape: Shape, randn: Random) -> Arguments:
+    rows = _rows(shape, randn, shape.batch)
+    del rows["shift"]
+    return {**_tokens(shape, randn), **rows, "gate_act": "tanh", "branch_norm": "rms", "norm": "rms"}  # fmt: skip
+
+
+# forms that the benchmarks do not time, at the shape of a model that has them
+FORMS = {
+    "cogvideox-5b": Case("adaln", "affine", "gated_adaln", _affine),
+    "wan-14b-720p": Case("adaln", "tables", "gated_adaln", _tables),
+    "wan-1.3b-480p": Case("adaln", "row-a-token", "gated_adaln", _row_a_token),
+    "flux-1024": Case("adaln", "row-index", "gated_adaln", _row_index),
+    "mochi": Case("adaln", "sandwich", "gated_adaln", _sandwich),
+}
+
+
 def launches(op: str, shape: str) -> Iterator[tuple[str, Launch]]:
     """(case, launch) of forward and backward of every benchmark case of the op."""
-    for case in cases_for(SHAPES[shape], (op,)):
+    forms = [FORMS[shape]] if shape in FORMS else []
+    for case in (*cases_for(SHAPES[shape], (op,)), *forms):
         if case.op != op:
             continue
         kwargs = case.make(SHAPES[shape], lambda *size: torch.empty(size, dtype=torch.bfloat16))
-        leaves = {
-            name: value.requires_grad_() if isinstance(value, Tensor) and value.is_leaf else value
-            for name, value in kwargs.items()
-        }
+        wanted = [v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point()]
+        for tensor in wanted:
+            tensor.requires_grad_()
         with recorded() as found:
-            result = getattr(ops, case.function)(**leaves, backend="triton")
+            result = getattr(ops, case.function)(**kwargs, backend="triton")
             result = result if isinstance(result, tuple) else (result,)
-            wanted = [v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point()]
-            wanted = [v.requires_grad_() if v.is_leaf else v for v in wanted]
             torch.autograd.grad(
                 result, wanted, [torch.empty_like(t) for t in result], allow_unused=True
             )
