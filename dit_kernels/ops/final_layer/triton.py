@@ -365,19 +365,25 @@ def _final_layer_bwd_sums_kernel(
             token = b * N + n
             mask = live[:, None] & (k < K)[None, :]
             g = tl.load(compact_ptr + token[:, None] * K + k[None, :], mask=mask, other=0.0)
+            # tiles are [BLOCK_C, BLOCK_M]: y is then the left operand of its product as it is
             if weight_sums_ptr is not None or scale_sums_ptr is not None:
                 rstd = tl.load(rstd_ptr + token, mask=live, other=0.0)
                 x = _load_x(x_ptr, b * (x_sb * VEC) + n * (x_sn * VEC), c, live, x_sc, C, UNIT)
+                x = tl.trans(x)
                 if LAYER:
-                    x = x - tl.load(mean_ptr + token, mask=live, other=0.0)[:, None]
-                xhat = x * rstd[:, None]
+                    x = x - tl.load(mean_ptr + token, mask=live, other=0.0)[None, :]
+                xhat = x * rstd[None, :]
             if shift_sums_ptr is not None or scale_sums_ptr is not None:
                 if NATIVE:
-                    dy = tl.dot(g, w)
+                    dy = tl.dot(tl.trans(w), tl.trans(g))
                 else:
-                    dy = tl.dot(g.to(tl.float32), w.to(tl.float32), input_precision=PRECISION)
-                cells = token[:, None] * C + c[None, :]
-                inside = live[:, None] & (c < C)[None, :]
+                    dy = tl.dot(
+                        tl.trans(w).to(tl.float32),
+                        tl.trans(g).to(tl.float32),
+                        input_precision=PRECISION,
+                    )
+                cells = token[None, :] * C + c[:, None]
+                inside = live[None, :] & (c < C)[:, None]
                 if shift_sums_ptr is not None:
                     if SHIFT == "token":
                         tl.store(
@@ -386,7 +392,7 @@ def _final_layer_bwd_sums_kernel(
                             mask=inside,
                         )
                     else:
-                        shift_sums += tl.sum(dy, axis=0)
+                        shift_sums += tl.sum(dy, axis=1)
                 if scale_sums_ptr is not None:
                     dscale = dy * xhat
                     if SCALE == "token":
@@ -396,40 +402,44 @@ def _final_layer_bwd_sums_kernel(
                             mask=inside,
                         )
                     else:
-                        scale_sums += tl.sum(dscale, axis=0)
+                        scale_sums += tl.sum(dscale, axis=1)
             if weight_sums_ptr is not None:
-                scale = _load_modulation(
-                    scale_ptr,
-                    b,
-                    n,
-                    live,
-                    c,
-                    scale_sb,
-                    scale_sg,
-                    scale_sc,
-                    scale_len,
-                    C,
-                    SCALE,
-                    M_VEC,
-                    M_UNIT,
-                )
-                shift = _load_modulation(
-                    shift_ptr,
-                    b,
-                    n,
-                    live,
-                    c,
-                    shift_sb,
-                    shift_sg,
-                    shift_sc,
-                    shift_len,
-                    C,
-                    SHIFT,
-                    M_VEC,
-                    M_UNIT,
-                )
-                y = xhat * (1.0 + scale) + shift
-                weight_sums = _dot_exact(tl.trans(y), g, weight_sums, NATIVE, PRECISION)
+                y = xhat
+                if SCALE != "none":
+                    scale = _load_modulation(
+                        scale_ptr,
+                        b,
+                        n,
+                        live,
+                        c,
+                        scale_sb,
+                        scale_sg,
+                        scale_sc,
+                        scale_len,
+                        C,
+                        SCALE,
+                        M_VEC,
+                        M_UNIT,
+                    )
+                    y = y * (1.0 + tl.trans(scale))
+                if SHIFT != "none":
+                    shift = _load_modulation(
+                        shift_ptr,
+                        b,
+                        n,
+                        live,
+                        c,
+                        shift_sb,
+                        shift_sg,
+                        shift_sc,
+                        shift_len,
+                        C,
+                        SHIFT,
+                        M_VEC,
+                        M_UNIT,
+                    )
+                    y = y + tl.trans(shift)
+                weight_sums = _dot_exact(y, g, weight_sums, NATIVE, PRECISION)
             if bias_sums_ptr is not None:
                 bias_sums += tl.sum(g.to(tl.float32), axis=0)
         row = i * C + c
@@ -541,12 +551,14 @@ def backward(
         dvideo, x, scale, weight, mean, rstd, dx, compact,
         tokens, grid[1], grid[2], *call.x, *call.scale, *weight.stride(), *dvideo.stride(),
         width, values, *patch_size, rows, norm == "layer", *call.access, weight.is_contiguous(), call.scale_form,
-        native, precision, block_m, block_c, block_k, num_warps=4, num_stages=3,
+        native, precision, block_m, block_c, block_k, num_warps=8 if native else 4, num_stages=3,
     )  # fmt: skip
     if compact is None:
         return [t for t in results if t is not None]
 
     call = _arrange(x, shift, scale, weight, _LEAST_GROUP)
+    if block_k > 64:
+        block_m = 32  # its sums [BLOCK_C, BLOCK_K] fill the registers
     segment = call.segment
     pieces = triton.cdiv(segment, 256)
     chunk = triton.cdiv(triton.cdiv(segment, pieces), block_m) * block_m
