@@ -43,6 +43,17 @@ def test_accuracy_forward_and_backward(name, dtype):
 
 
 @every_case
+def test_the_eager_formula_is_the_same_function(name):
+    """What the bound is made from must itself be right: a wrong eager would excuse a wrong kernel."""
+    case = CASES[name]
+    expected = testing.run(case.function, case.kwargs, backend="reference").all()
+    with testing.plain_torch():
+        eager = testing.run(case.function, case.kwargs).all()
+    for tensor, value in expected.items():
+        torch.testing.assert_close(eager[tensor], value, rtol=1e-10, atol=1e-10)
+
+
+@every_case
 def test_gradient_is_the_derivative(name):
     call, leaves = differentiable(CASES[name])
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
