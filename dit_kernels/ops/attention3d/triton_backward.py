@@ -208,7 +208,7 @@ def attention3d_dkdv_kernel(
             head, index = _member(step, head_first, a_head, GROUPED)
             q_origin = origin_of(index, corner, count, q_cube)
             base = patch_first + token_of(q_origin, grid)
-            there = in_grid(row_bits, q_origin, grid, q_cube) & (cubes > 0)
+            there = in_grid(row_bits, q_origin, grid, q_cube) & (tl.zeros_like(row_token) < cubes)
             if PACKED:
                 there &= row_token < patch_stop - base
             base64 = base.to(tl.int64)
