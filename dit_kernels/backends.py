@@ -10,11 +10,13 @@ registered op's arguments in its schema's order:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import Any
@@ -76,6 +78,16 @@ class use_backend:
         trace: TracebackType | None,
     ) -> None:
         _local.name = self.previous
+
+
+@contextlib.contextmanager
+def as_requested(name: str) -> Iterator[None]:
+    """Inside, this thread asks for what `requested` gave in another place or thread."""
+    previous, _local.name = _local.name, name
+    try:
+        yield
+    finally:
+        _local.name = previous
 
 
 def check_name(caller: str, name: str) -> None:

@@ -22,12 +22,8 @@ from dit_kernels import backends, ops
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Inside, every op of this thread is its formula in plain torch, in the inputs' dtype."""
-    previous = backends._local.name
-    backends._local.name = backends.PLAIN
-    try:
+    with backends.as_requested(backends.PLAIN):
         yield
-    finally:
-        backends._local.name = previous
 
 
 def error(actual: Tensor, oracle: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit_kernels import models
+from dit_kernels import models, testing
 from dit_kernels.models import DiT, DiT_models, dit
 
 # Peebles & Xie 2023, table 4: GFLOPs (one per multiply-add) and millions of parameters at 256 x 256
@@ -386,6 +387,26 @@ def test_activation_checkpointing_changes_memory_not_results():
     assert saved[1] < saved[0] / 4
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
+
+
+def test_activation_checkpointing_recomputes_on_the_same_backend():
+    """Backward may run where no `use_backend` reaches: here in another thread, as on a GPU."""
+    model = small(activation_checkpointing=True)
+    with testing.plain_torch():
+        loss = model(torch.randn(1, 3, 4, 8, 8), torch.rand(1)).square().mean()
+    errors = []
+
+    def backward():
+        try:
+            loss.backward()
+        except torch.utils.checkpoint.CheckpointError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert not errors
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_a_new_model_predicts_zero():

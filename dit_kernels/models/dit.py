@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.utils.checkpoint import checkpoint
 
-from dit_kernels import ops
+from dit_kernels import backends, ops
 from dit_kernels.nn import (
     AttentionPool,
     DiTBlock,
@@ -424,8 +424,17 @@ class DiT(nn.Module):
 
     def _run(self, block: nn.Module, tokens: Tensor, c: Tensor, **options: Any) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, tokens, c, use_reentrant=False, **options)
+            run: Callable[..., Tensor] = block
+            if not torch.compiler.is_compiling():
+                # the block runs again in backward, maybe in another thread, which no `use_backend` reaches
+                run = functools.partial(_run_as, block, backends.requested("DiT", None))
+            return checkpoint(run, tokens, c, use_reentrant=False, **options)
         return block(tokens, c, **options)
+
+
+def _run_as(block: nn.Module, backend: str, *args: Any, **options: Any) -> Tensor:
+    with backends.as_requested(backend):
+        return block(*args, **options)
 
 
 def sincos_3d(channels: int, grid: Sequence[int], image: bool) -> Tensor:
