@@ -156,7 +156,7 @@ WINDOWS = {
 @pytest.mark.parametrize("name", WINDOWS)
 def test_windows(name, causal):
     grid, window, stride, text = WINDOWS[name]
-    kwargs = qkv(1, int(np.prod(grid)) + text, 1, 16)
+    kwargs = qkv(1, int(np.prod(grid)) + text, 1, 16, dtype=torch.float16)
     check(dict(
         **kwargs, grid=grid, window_size=window, stride=stride, text_tokens=text, causal_time=causal,
     ))  # fmt: skip
@@ -167,7 +167,7 @@ def test_windows(name, causal):
 @pytest.mark.parametrize("first", [False, True], ids=["text-last", "text-first"])
 def test_text(first, causal, window):
     check(dict(
-        **qkv(2, 27 + 19, 1, 16), grid=(3, 3, 3), window_size=window, causal_time=causal,
+        **qkv(2, 27 + 19, 1, 16, dtype=torch.float16), grid=(3, 3, 3), window_size=window, causal_time=causal,
         text_tokens=19, text_first=first, text_lens=int32(3, 18), kv_lens=int32(46, 40), return_lse=True,
     ))  # fmt: skip
 
@@ -180,7 +180,7 @@ def test_packed_grids(causal, window):
     lengths = [t * h * w + 5 for t, h, w in grids]
     ends = np.cumsum([0, *lengths])
     check(dict(
-        **qkv(1, int(ends[-1]), 1, 16), cu_seqlens=int32(*ends), max_seqlen=max(lengths), grid=grids,
+        **qkv(1, int(ends[-1]), 1, 16, dtype=torch.float16), cu_seqlens=int32(*ends), max_seqlen=max(lengths), grid=grids,
         window_size=window, text_tokens=5, text_lens=int32(2, 5, 3), causal_time=causal, text_first=True,
     ))  # fmt: skip
 
@@ -233,7 +233,7 @@ def test_large_scores():
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "kv"])
 def test_only_the_gradients_asked_for(wanted):
-    kwargs = qkv(1, 20, 1, 16)
+    kwargs = qkv(1, 20, 1, 16, dtype=torch.bfloat16)
     everything = testing.run("attention3d", kwargs, backend="triton").grads
     launched = []
     launch = triton_launch.launch

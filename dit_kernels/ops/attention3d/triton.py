@@ -36,17 +36,19 @@ class Config(NamedTuple):
 _TABLE: dict[str, dict[str, tuple[tuple[int, Config, Config], ...]]] = {
     "sm_80": {
         "fwd": (
-            (64, Config(128, 64, 4, 3), Config(64, 64, 4, 2)),
-            (128, Config(64, 64, 4, 3), Config(64, 32, 4, 2)),
+            (64, Config(128, 64, 4, 3), Config(64, 64, 8, 2)),
+            (128, Config(64, 64, 4, 3), Config(64, 32, 8, 2)),
             (256, Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
         ),
         "dq": (
             (64, Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
-            (128, Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
+            (96, Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+            (128, Config(64, 64, 4, 2), Config(64, 32, 8, 2)),
             (256, Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
         ),
         "dkdv": (
-            (64, Config(32, 64, 4, 2), Config(32, 64, 4, 1)),
+            (64, Config(32, 64, 4, 2), Config(16, 64, 8, 2)),
+            (96, Config(32, 64, 8, 1), Config(16, 64, 8, 2)),
             (128, Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
             (256, Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
         ),
@@ -66,7 +68,7 @@ _TABLE: dict[str, dict[str, tuple[tuple[int, Config, Config], ...]]] = {
             (64, Config(64, 128, 8, 2), Config(64, 128, 8, 2)),
             (96, Config(64, 128, 8, 2), Config(32, 128, 8, 2)),
             (128, Config(64, 128, 8, 2), Config(16, 128, 8, 2)),
-            (256, Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
+            (256, Config(16, 64, 8, 2), Config(16, 64, 8, 2)),
         ),
     },
     "amd": {
@@ -87,7 +89,13 @@ _TABLE: dict[str, dict[str, tuple[tuple[int, Config, Config], ...]]] = {
         ),
     },
 }
-_TABLE["sm_100"] = _TABLE["sm_90"]
+_TABLE["sm_100"] = {
+    **_TABLE["sm_90"],
+    "fwd": (
+        (64, Config(128, 128, 8, 3), Config(128, 64, 8, 2)),
+        (256, Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
+    ),
+}
 _FLOAT32 = ((64, Config(64, 32, 4, 1)), (128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1)))
 
 
