@@ -5,7 +5,7 @@ PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format check bench gpu report weights clean
+.PHONY: help install demo test lint format check bench audit gpu report weights clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -49,13 +49,16 @@ check: $(INSTALLED) ## Errors of every backend that runs here, against the float
 bench: $(INSTALLED) ## Time every op here against eager and torch.compile
 	$(BIN)/dit-kernels bench
 
+audit: $(INSTALLED) ## Compile every Triton kernel for four targets without a GPU: registers, spills, load widths
+	$(BIN)/python -m benchmarks.audit
+
 gpu: ## On a machine with a GPU, torch and triton, no network needed: tests and benchmarks (STAGES="...")
 	$(PYTHON) -m benchmarks.gpu $(STAGES)
 
 report: $(INSTALLED) ## docs/benchmarks.md and its plots, from the committed results
 	$(BIN)/python -m benchmarks.report
 
-weights: $(INSTALLED) ## Train the shipped weights again (about an hour on one core; resumes)
+weights: $(INSTALLED) ## Train the shipped weights again (half an hour on two cores; resumes)
 	$(BIN)/dit-kernels train --out runs/digits --resume
 
 clean: ## Remove the environment and what the commands wrote

@@ -58,6 +58,12 @@ def run(device: str | None = None, dtypes: Sequence[torch.dtype] = DTYPES) -> It
                 )
                 if direction not in worst or ratio > worst[direction][0]:
                     worst[direction] = (ratio, f"{case.id} {measured.tensor}", measured)
+        if not worst:
+            for direction in ("forward", "backward"):
+                yield Row(
+                    op, "none of its cases is supported", backend, str(dtype).removeprefix("torch."),
+                    direction, 0.0, 0.0, 0,
+                )  # fmt: skip
         for direction, (_, name, measured) in worst.items():
             yield Row(
                 op, name, backend, str(dtype).removeprefix("torch."), direction,

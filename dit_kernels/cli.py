@@ -185,7 +185,7 @@ def train(
             "--resume", help="Go on from the checkpoint in --out, with the settings it has in it."
         ),
     ] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 4_000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 11_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips a step.")] = 16,
     learning_rate: Annotated[float, typer.Option(min=0, help="Peak, after the warm-up.")] = 4e-3,
     optimizer: Annotated[

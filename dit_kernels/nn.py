@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_kernels import ops
+from dit_kernels import debug, ops
 from dit_kernels.ops.feed_forward import activated_linear
 
 
@@ -304,6 +304,10 @@ class CrossAttention(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        if dim % num_heads:
+            raise ValueError(
+                f"CrossAttention: num_heads must divide dim; got {num_heads} heads for dim {dim}"
+            )
         self.num_heads, self.head_dim, self.qk_norm, self.eps = (
             num_heads,
             dim // num_heads,
@@ -638,8 +642,14 @@ def timestep_embedding(
 
 
 def prefix_lengths(mask: Tensor | None) -> Tensor | None:
-    """bool [B, L], True first and then False -> int32 [B]."""
-    return None if mask is None else mask.sum(-1, dtype=torch.int32)
+    """bool [B, L], True first and then False -> int32 [B]; the order is checked under DIT_KERNELS_DEBUG=1."""
+    if mask is None:
+        return None
+    if debug() and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError(
+            "text_mask must be True first and then False in each row; got a gap or left padding"
+        )
+    return mask.sum(-1, dtype=torch.int32)
 
 
 class _TimestepLabelEmbeddings(nn.Module):

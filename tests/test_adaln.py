@@ -213,6 +213,10 @@ def test_gated_errors():
         ops.gated_residual(X, X, branch_weight=torch.ones(64))
     with pytest.raises(ValueError, match="gate_act must be one of"):
         ops.gated_adaln(X, X, gate_act="sigmoid")
+    with pytest.raises(TypeError, match="adaln: x must be a tensor; got NoneType"):
+        ops.adaln(None)
+    with pytest.raises(TypeError, match="gated_adaln: branch must be a tensor; got NoneType"):
+        ops.gated_adaln(X, None)
     with pytest.raises(TypeError, match="residual must be a tensor"):
         ops.gated_residual(1.0, X)
 

@@ -262,6 +262,7 @@ INT = torch.int32
         ),
         ({"text_tokens": 13}, ValueError, "text_tokens must lie in [0, N = 12]; got 13"),
         ({"q": Q.long()}, TypeError, "q must be float32"),
+        ({"k": None}, TypeError, "attention3d: k must be a tensor; got NoneType"),
     ],
 )  # fmt: skip
 def test_errors_say_what_was_expected(kwargs, error, message):
@@ -278,3 +279,11 @@ def test_lengths_are_checked_under_debug_only(monkeypatch):
         ValueError, match=r"kv_lens must lie in \[0, 12\]; got values from 12 to 13"
     ):
         ops.attention3d(Q, Q, Q, kv_lens=lens)
+    packed = Q[:1]
+    for seqlens, message in (
+        ([1, 12], r"cu_seqlens\[0\] must lie in \[0, 0\]"),
+        ([0, 9], r"cu_seqlens\[-1\]"),
+    ):
+        given = {"cu_seqlens": torch.tensor(seqlens, dtype=INT), "max_seqlen": 12}
+        with pytest.raises(ValueError, match=message):
+            ops.attention3d(packed, packed, packed, **given)

@@ -353,7 +353,12 @@ def test_final_layer_of_the_original_dit():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: dnn.Attention3D(10, 4), lambda: dnn.AttentionPool(8, 10, 4)]
+    "make",
+    [
+        lambda: dnn.Attention3D(10, 4),
+        lambda: dnn.AttentionPool(8, 10, 4),
+        lambda: dnn.CrossAttention(10, 4),
+    ],
 )
 def test_heads_must_divide(make):
     with pytest.raises(ValueError, match="num_heads must divide"):
@@ -367,3 +372,12 @@ def test_layers_compile_whole():
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     close(compiled(x, c), block(x, c))
+
+
+def test_a_prompt_mask_with_left_padding_is_found_under_debug(monkeypatch):
+    mask = torch.tensor([[False, True, True]])
+    assert dnn.prefix_lengths(mask).tolist() == [2]
+    monkeypatch.setenv("DIT_KERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match="text_mask must be True first and then False"):
+        dnn.prefix_lengths(mask)
+    assert dnn.prefix_lengths(~mask).tolist() == [1]

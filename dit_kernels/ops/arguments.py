@@ -34,6 +34,17 @@ def check_float(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} must be on {device}; got {tensor.device}")
 
 
+def check_given(op: str, **tensors: Tensor) -> None:
+    """Arguments that have no default: None is an error too.
+
+    Raises:
+        TypeError: one is no tensor.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor; got {type(tensor).__name__}")
+
+
 def check_int32(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be an int32 tensor; got {type(tensor).__name__}")

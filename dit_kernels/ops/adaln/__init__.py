@@ -9,6 +9,7 @@ from dit_kernels.ops.adaln import reference
 from dit_kernels.ops.arguments import (
     check_choice,
     check_float,
+    check_given,
     check_int32,
     check_modulation,
     check_shape,
@@ -63,6 +64,7 @@ def adaln(
     Source: adaLN of "Scalable Diffusion Models with Transformers" (Peebles & Xie 2023), section 3.2.
     Statistics are accumulated in float32, in float64 for float64 input.
     """
+    check_given("adaln", x=x)
     check_choice("adaln", "norm", norm, ("layer", "rms"))
     out = _call(
         "adaln", None, x, None, shift, scale,
@@ -110,6 +112,7 @@ def gated_residual(
 
     Source: the gated branch of adaLN-Zero, Peebles & Xie 2023, figure 3. Accumulated in float32.
     """
+    check_given("gated_residual", residual=residual, branch=branch)
     return _call(
         "gated_residual", residual, branch, gate, None, None,
         gate_table=gate_table, gate_act=gate_act, branch_norm=branch_norm, branch_weight=branch_weight,
@@ -162,6 +165,7 @@ def gated_adaln(
 
     Source: Peebles & Xie 2023, figure 3. Statistics are accumulated in float32.
     """
+    check_given("gated_adaln", residual=residual, branch=branch)
     check_choice("gated_adaln", "norm", norm, ("layer", "rms"))
     return _call(
         "gated_adaln", residual, branch, gate, shift, scale,

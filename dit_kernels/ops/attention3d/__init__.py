@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dit_kernels.ops.arguments import autocast_dtype, check_float, check_int32, check_range, triple
+from dit_kernels.ops.arguments import (
+    autocast_dtype,
+    check_float,
+    check_given,
+    check_int32,
+    check_range,
+    triple,
+)
 from dit_kernels.ops.attention3d import reference
 from dit_kernels.ops.registration import FusedOp
 
@@ -74,6 +81,7 @@ def attention3d(
     Source: Vaswani et al. 2017, equation 1; windows: Generalized Neighborhood Attention (Hassani et al.
     2025), section 3. Scores and sums are accumulated in float32.
     """
+    check_given(NAME, q=q, k=k, v=v)
     check_float(NAME, q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
@@ -108,7 +116,8 @@ def attention3d(
         if kv_lens is not None:
             raise ValueError(f"{NAME}: kv_lens is for unpacked batches; cu_seqlens came with it")
         sequences = cu_seqlens.numel() - 1
-        check_range(NAME, "cu_seqlens", cu_seqlens, 0, tokens)
+        check_range(NAME, "cu_seqlens[0]", cu_seqlens[:1], 0, 0)
+        check_range(NAME, "cu_seqlens[-1]", cu_seqlens[-1:], tokens, tokens)
         check_range(NAME, "sequence lengths", cu_seqlens.diff(), 0, max_seqlen)
     if k.shape[1] != tokens and (grid is not None or cu_seqlens is not None or text_tokens):
         raise ValueError(

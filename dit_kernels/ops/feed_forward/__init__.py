@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dit_kernels import backends
-from dit_kernels.ops.arguments import check_choice, check_float, check_shape
+from dit_kernels.ops.arguments import check_choice, check_float, check_given, check_shape
 from dit_kernels.ops.feed_forward import reference
 from dit_kernels.ops.registration import FusedOp
 
@@ -42,6 +42,7 @@ def gelu_bias(
 
     Source: Hendrycks & Gimpel 2016, section 2. Computed in float32, rounded once.
     """
+    check_given("gelu_bias", x=x)
     check_choice("gelu_bias", "approximate", approximate, ("tanh", "none"))
     check_float("gelu_bias", x=x, bias=bias)
     check_shape("gelu_bias", "bias", bias, x.shape[-1:], "[F]")
@@ -70,6 +71,7 @@ def swiglu(
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", equation 5. Computed in float32, rounded once.
     """
+    check_given("swiglu", x=x)
     check_choice("swiglu", "gate", gate, ("first", "second"))
     check_float("swiglu", x=x, bias=bias)
     check_shape("swiglu", "bias", bias, x.shape[-1:], "[2F]")

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dit_kernels.ops.arguments import check_choice, check_float, check_modulation, check_shape
+from dit_kernels.ops.arguments import (
+    check_choice,
+    check_float,
+    check_given,
+    check_modulation,
+    check_shape,
+)
 from dit_kernels.ops.final_layer import reference
 from dit_kernels.ops.registration import FusedOp
 from dit_kernels.ops.unpatchify import check_patches
@@ -52,6 +58,7 @@ def final_layer(
 
     Source: Peebles & Xie 2023, section 3.2, "Transformer decoder". Computed in float32, rounded once.
     """
+    check_given(NAME, x=x, weight=weight)
     check_choice(NAME, "norm", norm, ("layer", "rms"))
     check_float(NAME, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
     grid, patch = check_patches(NAME, x, grid, patch_size, layout)

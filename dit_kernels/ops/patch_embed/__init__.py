@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dit_kernels.ops.arguments import check_float, check_shape
+from dit_kernels.ops.arguments import check_float, check_given, check_shape
 from dit_kernels.ops.patch_embed import reference
 from dit_kernels.ops.registration import FusedOp
 
@@ -42,6 +42,7 @@ def patch_embed(
     Source: ViT (Dosovitskiy et al. 2020), equation 1; tubelets of ViViT (Arnab et al. 2021). Accumulated
     in float32, rounded once.
     """
+    check_given(NAME, video=video, weight=weight)
     check_float(NAME, video=video, weight=weight, bias=bias, pos_embed=pos_embed)
     if video.dim() not in (4, 5) or weight.dim() != video.dim():
         raise ValueError(

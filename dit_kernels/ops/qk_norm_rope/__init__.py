@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dit_kernels.ops.arguments import check_choice, check_float, check_shape, triple
+from dit_kernels.ops.arguments import check_choice, check_float, check_given, check_shape, triple
 from dit_kernels.ops.qk_norm_rope import reference
 from dit_kernels.ops.registration import FusedOp
 
@@ -66,6 +66,7 @@ def qk_norm_rope(
     Source: RoFormer (Su et al. 2021), equation 34; QK-norm of Dehghani et al. 2023. Statistics are
     accumulated in float32, in float64 for float64 input.
     """
+    check_given(NAME, q=q)
     check_choice(NAME, "norm", norm, (None, "rms", "layer"))
     check_choice(NAME, "over", over, ("head", "hidden"))
     check_choice(NAME, "act", act, (None, "relu"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dit_kernels.ops.arguments import check_float, triple
+from dit_kernels.ops.arguments import check_float, check_given, triple
 from dit_kernels.ops.registration import FusedOp
 from dit_kernels.ops.unpatchify import reference
 
@@ -44,6 +44,7 @@ def unpatchify(
 
     Source: `unpatchify` of Peebles & Xie 2023, appendix A, with time.
     """
+    check_given(NAME, tokens=tokens)
     check_float(NAME, tokens=tokens)
     grid, patch = check_patches(NAME, tokens, grid, patch_size, layout)
     width = patch[0] * patch[1] * patch[2] * channels
