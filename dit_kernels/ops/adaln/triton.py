@@ -18,7 +18,7 @@ chunk reads one row: a segmented sum by the same two stages.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -124,7 +124,7 @@ def _plan(
 ) -> _Plan:
     """(grid, arguments after the pointers, options, the compiled kernel once there is one) of a forward call."""
     residual, x, gate, _, _, shift, scale, _, _, shift2, scale2, _, _, row_index = tensors
-    assert x is not None
+    x = cast(Tensor, x)
     channels = x.shape[2]
     tokens, forms = arrange((residual, x), (gate, shift, scale, shift2, scale2), row_index)
     config = configure(channels, "norm" if residual is None else "gated")
