@@ -399,10 +399,11 @@ def check() -> None:
     """
     from dit_kernels import check as checks
 
-    table = Table("op", "backend", "dtype", show_edge=False)
-    for direction in ("forward", "backward"):
-        table.add_column(f"{direction}: error", justify="right")
-        table.add_column("allowed", justify="right")
+    table = Table(show_edge=False, title="error, and what is allowed", title_justify="left")
+    for heading in ("op", "backend", "dtype"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("forward", "allowed", "backward", "allowed"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
     rows = list(checks.run())
     groups: dict[tuple[str, ...], dict[str, checks.Row]] = {}
