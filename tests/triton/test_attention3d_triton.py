@@ -239,7 +239,7 @@ def test_only_the_gradients_asked_for(wanted):
     launch = triton_launch.launch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            backend, "launch", lambda k, *a, **o: launched.append(k) or launch(k, *a, **o)
+            triton_launch, "launch", lambda k, *a, **o: launched.append(k) or launch(k, *a, **o)
         )
         leaves = {n: x.clone().requires_grad_(n in wanted) for n, x in kwargs.items()}
         out = ops.attention3d(**leaves, backend="triton")
