@@ -25,7 +25,8 @@ import triton
 from torch import Tensor
 
 from dit_kernels.ops import triton_launch
-from dit_kernels.ops.adaln.tiling import arrange, chunk_tokens, configure, vector
+from dit_kernels.ops.adaln.tiling import configure
+from dit_kernels.ops.adaln.tokens import arrange, chunk_tokens, segments, vector
 from dit_kernels.ops.adaln.triton_kernels import (
     adaln_bwd_kernel,
     adaln_bwd_sums_kernel,
@@ -93,25 +94,12 @@ def forward(
         None if row_index is None else row_index.contiguous(),
     )  # fmt: skip
     statics = (norm, gate_act, branch_norm, eps, rounding)
-    key = (
-        *(t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors),
-        statics, stats, x.get_device(),
-    )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= 4096:
-            _plans.clear()
-        plan = _plans[key] = _plan(tensors, *statics)
-    grid, numbers, options, compiled = plan
+    grid, numbers, options, compiled = _plans(tensors, *statics, stats)
     triton_launch.launch(
         adaln_fwd_kernel, grid, *tensors, out, y, y2, branch_rstd, mean, rstd, *numbers,
         compiled=compiled, **options,
     )  # fmt: skip
     return results
-
-
-_Plan = tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any], dict[int, Any]]
-_plans: dict[Any, _Plan] = {}
 
 
 def _plan(
@@ -121,7 +109,8 @@ def _plan(
     branch_norm: str,
     eps: float,
     rounding: str,
-) -> _Plan:
+    stats: bool,
+) -> tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any], dict[int, Any]]:
     """(grid, arguments after the pointers, options, the compiled kernel once there is one) of a forward call."""
     residual, x, gate, _, _, shift, scale, _, _, shift2, scale2, _, _, row_index = tensors
     x = cast(Tensor, x)
@@ -146,6 +135,9 @@ def _plan(
     )  # fmt: skip
     options = {"num_warps": config.num_warps, "enable_fp_fusion": not eager}
     return (tokens.samples * per_sample,), numbers, options, {}
+
+
+_plans = triton_launch.Plans(_plan)
 
 
 def _in_vectors(strides: Sequence[int], vec: int) -> tuple[int, int, int]:
@@ -225,7 +217,7 @@ def backward(
     order = row = begin = end = first = None
     if row_index is not None and by_row:
         n_rows = next(m.shape[0] for m in modulations.values() if m is not None)
-        order, row, begin, end, first = _segments(row_index, n_rows, chunk)
+        order, row, begin, end, first = segments(row_index, n_rows, chunk)
         programs = row.shape[0]
         form = {
             name: m._replace(form="group") if m.form == "index" else m for name, m in form.items()
@@ -312,22 +304,3 @@ def backward(
             first if per_group == 0 else None, per_group, channels, block_p, block_c,
         )  # fmt: skip
     return list(result.values())
-
-
-def _segments(row_index: Tensor, rows: int, chunk: int) -> tuple[Tensor, ...]:
-    """The tokens sorted by row, cut into chunks of one row, without waiting for the device.
-
-    Returns (order [B * N], row, begin, end [programs], first [rows + 1]): the row of each program and its
-    range in the order, the first program of each row. There are at least as many programs as chunks; those
-    past the last have an empty range.
-    """
-    values, order = torch.sort(row_index.flatten(), stable=True)
-    ids = torch.arange(rows + 1, dtype=torch.int32, device=row_index.device)
-    starts = torch.searchsorted(values, ids)
-    pieces = (starts.diff() + (chunk - 1)) // chunk
-    first = torch.nn.functional.pad(pieces.cumsum(0), (1, 0))
-    program = torch.arange(row_index.numel() // chunk + rows, device=row_index.device)
-    row = torch.searchsorted(first[1:], program, right=True).clamp_(max=rows - 1)
-    begin = starts[row] + (program - first[row]) * chunk
-    end = torch.minimum(begin + chunk, starts[row + 1])
-    return order, row.int(), begin.int(), end.int(), first
