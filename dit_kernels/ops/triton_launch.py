@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -39,6 +40,57 @@ def multiprocessors(tensor: Tensor) -> int:
     if tensor.is_cuda:
         return torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return 132
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The class of GPUs that tiles are chosen for; where there is no GPU that of Hopper.
+
+    The audit replaces it: it asks for the tiles of every target on one machine.
+    """
+    if torch.version.hip is not None:
+        return "amd"
+    if device.type != "cuda":
+        return "sm_90"
+    major = torch.cuda.get_device_capability(device)[0]
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+class Plans:
+    """What a call works out from its arguments, kept for the next one that is alike.
+
+    Alike: shapes, strides, dtypes, 16-byte alignment and device of the tensors and all other arguments are
+    equal. Nothing that Triton specialises on differs then, so a plan may hold `compiled` for `launch`.
+    """
+
+    every: ClassVar[list[Plans]] = []
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make = make
+        self.kept: dict[Any, Any] = {}
+        self.every.append(self)
+
+    def __call__(self, tensors: Sequence[Tensor | None], *rest: Any) -> Any:
+        """`make(tensors, *rest)`; the first tensor tells the device."""
+        key = (
+            *[
+                t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+                for t in tensors
+            ],
+            rest,
+            next(t for t in tensors if t is not None).get_device(),
+        )
+        plan = self.kept.get(key)
+        if plan is None:
+            if len(self.kept) >= 4096:
+                self.kept.clear()
+            plan = self.kept[key] = self.make(tensors, *rest)
+        return plan
+
+    @classmethod
+    def clear(cls) -> None:
+        for plans in cls.every:
+            plans.kept.clear()
 
 
 def launch(

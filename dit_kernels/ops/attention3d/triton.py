@@ -110,17 +110,6 @@ def configuration(
 
 
 @functools.cache
-def architecture(device: torch.device) -> str:
-    """The row of the table for a device; where there is no GPU, as in the audit, that of Hopper."""
-    if torch.version.hip is not None:
-        return "amd"
-    if device.type != "cuda":
-        return "sm_90"
-    major = torch.cuda.get_device_capability(device)[0]
-    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
-
-
-@functools.cache
 def parts(dim: int, least: int = 16) -> tuple[int, ...]:
     """A head dim as at most three powers of two: 72 = 64 + 16, the second half empty; 112 = 64 + 32 + 16."""
     dim = -(-dim // least) * least
@@ -302,7 +291,7 @@ def forward(
     call = _call(
         q, cu_seqlens, text_lens, grid, window_size, stride, text_tokens, text_first, causal_time
     )
-    config = configuration("fwd", dim, q.dtype, architecture(q.device), call.windowed)
+    config = configuration("fwd", dim, q.dtype, triton_launch.architecture(q.device), call.windowed)
     tiles = _tiles(call, queries, config, False, cu_seqlens is not None, q.device)
     unit = _unit(q, k, v)
     out = q.new_empty(q.shape)
@@ -357,8 +346,10 @@ def backward(
     def run(kernel: Any, name: str, results: list[Tensor]) -> None:
         by_key = name == "dkdv"
         # sm_90: with a part of 16, ptxas makes the products of this kernel wait for one another (C7514)
-        least = 32 if by_key and architecture(q.device) == "sm_90" else 16
-        config = configuration(name, dim, q.dtype, architecture(q.device), call.windowed)
+        least = 32 if by_key and triton_launch.architecture(q.device) == "sm_90" else 16
+        config = configuration(
+            name, dim, q.dtype, triton_launch.architecture(q.device), call.windowed
+        )
         tiles = _tiles(
             call, keys if by_key else queries, config, by_key, cu_seqlens is not None, q.device
         )
