@@ -31,7 +31,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "patch_embed": ("triton",),
     "unpatchify": ("triton",),
     "final_layer": ("triton",),
-    "feed_forward": ("triton",),
+    "feed_forward": ("triton", "cuda"),
 }
 NAMES = ("auto", "reference", "triton", "cuda")
 # not a backend: the formula as people write it, in the inputs' dtype and with torch's own autograd.
@@ -146,8 +146,10 @@ def unavailable(backend: str) -> str | None:
             return "the package triton is not installed"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             return "there is no GPU, and TRITON_INTERPRET=1 is not set"
-    if backend == "cuda" and importlib.util.find_spec("dit_kernels._C") is None:
-        return "the extension dit_kernels._C is not built"
+    if backend == "cuda":
+        from dit_kernels.ops import cuda_extension  # the ops import this module
+
+        return cuda_extension.unavailable()
     return None
 
 
@@ -164,11 +166,14 @@ class BackendStatus:
 
 def report() -> list[BackendStatus]:
     """Every backend with its state on this machine."""
+    from dit_kernels.ops import cuda_extension
+
     fixes = {
         "the package triton is not installed": 'pip install "triton>=3.6"',
         "there is no GPU, and TRITON_INTERPRET=1 is not set": (
             "run on a machine with a GPU; TRITON_INTERPRET=1 runs the kernels slowly on the CPU"
         ),
+        **cuda_extension.FIXES,
     }
     lines = [BackendStatus("reference", True, tuple(TABLE), "", "")]
     for name in NAMES[2:]:
