@@ -150,22 +150,27 @@ __device__ __forceinline__ float block_sum(float value, float* partial) {
   return total;
 }
 
-// --- asynchronous copies -----------------------------------------------------------------------------
+// --- asynchronous copies and matrix instructions of sm_80 ----------------------------------------------
 
-// 16 or 8 bytes from global to shared memory, there when the thread has waited for their group
-template <int BYTES>
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+// Starts a copy of `bytes` (4, 8 or 16) to shared memory; zeros where not `valid`, and then nothing is
+// read. It has landed after the thread's own cp_async_wait; other threads need a barrier after that.
+template <int bytes>
+__device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid = true) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async copies 4, 8 or 16 bytes");
 #ifdef __CUDACC__
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES) : "memory");
+  const int size = valid ? bytes : 0;
+  if constexpr (bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(size) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(bytes), "r"(size)
+                 : "memory");
 #else
-  ::emulator::async_copy(shared, global, BYTES, BYTES);
+  ::emulator::async_copy(shared, global, valid ? bytes : 0, bytes);
 #endif
 }
 
-// Closes a group: the copies since the last
-__device__ __forceinline__ void copy_async_commit() {
+__device__ __forceinline__ void cp_async_commit() {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");
 #else
@@ -173,13 +178,81 @@ __device__ __forceinline__ void copy_async_commit() {
 #endif
 }
 
-// Until at most `LEFT` of the thread's groups are under way
-template <int LEFT>
-__device__ __forceinline__ void copy_async_wait() {
+// Until at most `groups` of the thread's latest committed groups are under way
+template <int groups>
+__device__ __forceinline__ void cp_async_wait() {
 #ifdef __CUDACC__
-  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
 #else
-  ::emulator::async_wait(LEFT);
+  ::emulator::async_wait(groups);
+#endif
+}
+
+// `count` 8x8 matrices of 16-bit elements, one register each; lane 8 i + r gives the address of row r of
+// matrix i, 16 bytes aligned. Lane l gets elements (l / 4, 2 (l % 4)) and the next one, or transposed.
+template <int count, bool transposed = false>
+__device__ __forceinline__ void ldmatrix(unsigned (&registers)[count], const void* row) {
+  static_assert(count == 1 || count == 2 || count == 4, "ldmatrix loads 1, 2 or 4 matrices");
+#ifdef __CUDACC__
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+#define DK_LDMATRIX(suffix, list, ...) \
+  asm volatile("ldmatrix.sync.aligned.m8n8." suffix ".shared.b16 " list ";" : __VA_ARGS__ : "r"(from) : "memory")
+  if constexpr (count == 1 && !transposed) DK_LDMATRIX("x1", "{%0}, [%1]", "=r"(registers[0]));
+  if constexpr (count == 1 && transposed) DK_LDMATRIX("x1.trans", "{%0}, [%1]", "=r"(registers[0]));
+  if constexpr (count == 2 && !transposed)
+    DK_LDMATRIX("x2", "{%0, %1}, [%2]", "=r"(registers[0]), "=r"(registers[1]));
+  if constexpr (count == 2 && transposed)
+    DK_LDMATRIX("x2.trans", "{%0, %1}, [%2]", "=r"(registers[0]), "=r"(registers[1]));
+  if constexpr (count == 4 && !transposed)
+    DK_LDMATRIX("x4", "{%0, %1, %2, %3}, [%4]", "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]),
+                "=r"(registers[3]));
+  if constexpr (count == 4 && transposed)
+    DK_LDMATRIX("x4.trans", "{%0, %1, %2, %3}, [%4]", "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]),
+                "=r"(registers[3]));
+#undef DK_LDMATRIX
+#else
+  ::emulator::load_matrix(registers, row, count, transposed);
+#endif
+}
+
+// d [16, 8] += a [16, 16] b [16, 8] in float32, T __half or __nv_bfloat16; with T float the operands are
+// tf32 and 8 deep. With g = lane / 4 and t = lane % 4, two elements a register: a holds (g, 2t),
+// (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); b (2t, g), (2t + 8, g); d (g, 2t), (g, 2t + 1), (g + 8, 2t), ...
+// tf32, one element a register: a (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b (t, g), (t + 4, g).
+template <typename T>
+__device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#ifdef __CUDACC__
+#define DK_MMA(shape, type)                                                                                  \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 "                               \
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                             \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (std::is_same_v<T, __half>) DK_MMA("m16n8k16", "f16");
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>) DK_MMA("m16n8k16", "bf16");
+  else DK_MMA("m16n8k8", "tf32");
+#undef DK_MMA
+#else
+  ::emulator::multiply(d, a, b, std::is_same_v<T, __half> ? ::emulator::Element::half
+                                : std::is_same_v<T, float> ? ::emulator::Element::tf32
+                                                           : ::emulator::Element::bfloat16);
+#endif
+}
+
+// Barrier `id` (1 to 15) for `threads` of the block, whole warps; 0 is __syncthreads
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+#ifdef __CUDACC__
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#else
+  ::emulator::barrier(id, threads, true);
+#endif
+}
+
+// Counts the calling thread in without waiting
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+#ifdef __CUDACC__
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#else
+  ::emulator::barrier(id, threads, false);
 #endif
 }
 
