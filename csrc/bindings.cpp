@@ -4,10 +4,13 @@
 // In the emulated build every tensor of a call is declared to the emulator, which lets the kernels touch
 // nothing else and fills outputs with NaN.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
+#include "adaln.h"
 #include "column_sums.h"
 #include "common.cuh"
 #include "feed_forward.h"
@@ -140,10 +143,158 @@ struct type_caster<Output> {
 
 using namespace dk;
 
+// --- adaln: what a call is but for its addresses comes as tuples of numbers, once for many calls
+
+using Numbers = std::vector<std::array<int64_t, 4>>;  // strides of sample, token, channel; dtype
+using RowNumbers = std::vector<std::array<int64_t, 6>>;  // strides of sample, group, channel; length, indexed, dtype
+using Codes = std::vector<int>;
+
+Tokens tokens_of(const std::array<int64_t, 4>& n) { return {nullptr, n[0], n[1], n[2], DType(n[3])}; }
+ModulationRows rows_of(const std::array<int64_t, 6>& n) {
+  return {nullptr, n[0], n[1], n[2], static_cast<int32_t>(n[3]), n[4] != 0, DType(n[5])};
+}
+Channels channels_of(int dtype) { return {nullptr, DType(dtype)}; }
+Result result_of(int dtype) { return {nullptr, DType(dtype)}; }
+AdalnSizes sizes_of(const std::array<int64_t, 5>& n) {
+  const auto small = [](int64_t value) { return static_cast<int32_t>(value); };
+  return {n[0], small(n[1]), small(n[2]), small(n[3]), small(n[4])};
+}
+AdalnForm form_of(const std::array<int, 4>& n, double eps) {
+  return {Norm(n[0]), n[1] != 0, n[2] != 0, n[3] != 0, static_cast<float>(eps)};
+}
+
+AdalnForward adaln_forward_plan(const std::array<int64_t, 5>& sizes, const std::array<int, 4>& form, double eps,
+                                int32_t chunk, const Numbers& tokens, const RowNumbers& rows, const Codes& vectors) {
+  AdalnForward plan{};
+  plan.size = sizes_of(sizes);
+  plan.form = form_of(form, eps);
+  plan.chunk = chunk;
+  plan.residual = tokens_of(tokens.at(0));
+  plan.x = tokens_of(tokens.at(1));
+  ModulationRows* const modulations[] = {&plan.gate, &plan.shift, &plan.scale, &plan.shift2, &plan.scale2};
+  for (size_t i = 0; i < 5; ++i) *modulations[i] = rows_of(rows.at(i));
+  Channels* const parameters[] = {&plan.gate_table,  &plan.branch_weight, &plan.shift_table,
+                                  &plan.scale_table, &plan.weight,        &plan.bias};
+  for (size_t i = 0; i < 6; ++i) *parameters[i] = channels_of(vectors.at(i));
+  return plan;
+}
+
+AdalnBackward adaln_backward_plan(const std::array<int64_t, 5>& sizes, const std::array<int, 4>& form, double eps,
+                                  int32_t segment, int32_t chunk, int64_t blocks, const Numbers& tokens,
+                                  const RowNumbers& rows, const Codes& vectors, const Codes& results) {
+  AdalnBackward plan{};
+  plan.size = sizes_of(sizes);
+  plan.form = form_of(form, eps);
+  plan.segment = segment;
+  plan.chunk = chunk;
+  plan.blocks = blocks;
+  Tokens* const all_tokens[] = {&plan.dout, &plan.dy, &plan.dy2, &plan.x, &plan.branch};
+  for (size_t i = 0; i < 5; ++i) *all_tokens[i] = tokens_of(tokens.at(i));
+  ModulationRows* const modulations[] = {&plan.gate, &plan.scale, &plan.scale2};
+  for (size_t i = 0; i < 3; ++i) *modulations[i] = rows_of(rows.at(i));
+  Channels* const parameters[] = {&plan.gate_table, &plan.branch_weight, &plan.scale_table, &plan.weight, &plan.bias};
+  for (size_t i = 0; i < 5; ++i) *parameters[i] = channels_of(vectors.at(i));
+  Result* const tensors[] = {&plan.dresidual, &plan.dbranch, &plan.dgate,  &plan.dshift,
+                             &plan.dscale,    &plan.dshift2, &plan.dscale2};
+  for (size_t i = 0; i < 7; ++i) *tensors[i] = result_of(results.at(i));
+  for (size_t i = 0; i < 8; ++i) plan.sums[i] = result_of(results.at(7 + i));
+  return plan;
+}
+
 PYBIND11_MODULE(DK_MODULE, module) {
   define(module, "add_rows",
          +[](cudaStream_t stream, Input sums, Output out, int64_t groups, int64_t rows, int64_t columns) {
            add_rows(sums.as<float>(), out.data, groups, rows, columns, out.dtype(), stream);
+         });
+
+  py::class_<AdalnForward>(module, "AdalnForward").def(py::init(&adaln_forward_plan));
+  define(module, "adaln_forward",
+         +[](cudaStream_t stream, const AdalnForward& plan, Input residual, Input x, Input gate, Input shift,
+             Input scale, Input shift2, Input scale2, Input gate_table, Input branch_weight, Input shift_table,
+             Input scale_table, Input weight, Input bias, Input row_index, Output out, Output y, Output y2,
+             Output branch_rstd, Output mean, Output rstd) {
+           AdalnForward call = plan;
+           call.residual.data = residual.data;
+           call.x.data = x.data;
+           call.gate.data = gate.data;
+           call.shift.data = shift.data;
+           call.scale.data = scale.data;
+           call.shift2.data = shift2.data;
+           call.scale2.data = scale2.data;
+           call.gate_table.data = gate_table.data;
+           call.branch_weight.data = branch_weight.data;
+           call.shift_table.data = shift_table.data;
+           call.scale_table.data = scale_table.data;
+           call.weight.data = weight.data;
+           call.bias.data = bias.data;
+           call.row_index = row_index.as<int32_t>();
+           call.out = out.data;
+           call.y = y.data;
+           call.y2 = y2.data;
+           call.branch_rstd = branch_rstd.as<float>();
+           call.mean = mean.as<float>();
+           call.rstd = rstd.as<float>();
+           adaln_forward(call, stream);
+         });
+  py::class_<AdalnBackward>(module, "AdalnBackward").def(py::init(&adaln_backward_plan));
+  define(module, "adaln_backward",
+         +[](cudaStream_t stream, const AdalnBackward& plan, Input dout, Input dy, Input dy2, Input x, Input branch,
+             Input gate, Input scale, Input scale2, Input gate_table, Input branch_weight, Input scale_table,
+             Input weight, Input bias, Input row_index, Input branch_rstd, Input mean, Input rstd, Input order,
+             Input begin, Input end, Output dresidual, Output dbranch, Output dgate, Output dshift, Output dscale,
+             Output dshift2, Output dscale2, Output gate_sums, Output shift_sums, Output scale_sums,
+             Output shift2_sums, Output scale2_sums, Output branch_weight_sums, Output weight_sums,
+             Output bias_sums) {
+           AdalnBackward call = plan;
+           call.dout.data = dout.data;
+           call.dy.data = dy.data;
+           call.dy2.data = dy2.data;
+           call.x.data = x.data;
+           call.branch.data = branch.data;
+           call.gate.data = gate.data;
+           call.scale.data = scale.data;
+           call.scale2.data = scale2.data;
+           call.gate_table.data = gate_table.data;
+           call.branch_weight.data = branch_weight.data;
+           call.scale_table.data = scale_table.data;
+           call.weight.data = weight.data;
+           call.bias.data = bias.data;
+           call.row_index = row_index.as<int32_t>();
+           call.branch_rstd = branch_rstd.as<float>();
+           call.mean = mean.as<float>();
+           call.rstd = rstd.as<float>();
+           call.order = order.as<int64_t>();
+           call.begin = begin.as<int32_t>();
+           call.end = end.as<int32_t>();
+           call.dresidual.data = dresidual.data;
+           call.dbranch.data = dbranch.data;
+           call.dgate.data = dgate.data;
+           call.dshift.data = dshift.data;
+           call.dscale.data = dscale.data;
+           call.dshift2.data = dshift2.data;
+           call.dscale2.data = dscale2.data;
+           const Output* const sums[] = {&gate_sums,   &shift_sums,         &scale_sums,  &shift2_sums,
+                                         &scale2_sums, &branch_weight_sums, &weight_sums, &bias_sums};
+           for (int i = 0; i < 8; ++i) call.sums[i].data = sums[i]->data;
+           adaln_backward(call, stream);
+         });
+  // items: which of the sums, groups, blocks a group
+  define(module, "adaln_backward_sums",
+         +[](cudaStream_t stream, Input sums, Input first, int32_t channels, int64_t blocks,
+             std::vector<std::array<int64_t, 3>> items, std::vector<Output> outs) {
+           AdalnSums call{};
+           if (items.size() != outs.size() || items.size() > std::size(call.items))
+             throw std::invalid_argument(std::to_string(items.size()) + " sums for " + std::to_string(outs.size()) +
+                                         " gradients, and at most " + std::to_string(std::size(call.items)));
+           for (size_t i = 0; i < items.size(); ++i) {
+             const auto& [which, groups, rows] = items[i];
+             call.items[i] = {sums.as<float>() + which * blocks * channels, {outs[i].data, outs[i].dtype()}, groups,
+                              static_cast<int32_t>(rows)};
+           }
+           call.count = static_cast<int32_t>(items.size());
+           call.channels = channels;
+           call.first = first.as<int64_t>();
+           adaln_backward_sums(call, stream);
          });
 
   define(module, "feed_forward_fwd",

@@ -25,7 +25,7 @@ import torch
 
 # op -> the backends that "auto" tries, first to last; the reference serves what none of them takes
 TABLE: dict[str, tuple[str, ...]] = {
-    "adaln": ("triton",),
+    "adaln": ("triton", "cuda"),
     "qk_norm_rope": ("triton",),
     "attention3d": ("triton",),
     "patch_embed": ("triton",),

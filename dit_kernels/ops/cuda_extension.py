@@ -86,3 +86,29 @@ def folded(
             sizes.append(size)
             steps.append(tuple(step))
     return sizes, [tuple(s[i] for s in steps) for i in range(len(strides))]
+
+
+_CODES = {None: 0, torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def dtype_code(tensor: Tensor | None) -> int:
+    """The number of a floating dtype in csrc/common.cuh."""
+    return _CODES[None if tensor is None else tensor.dtype]
+
+
+@functools.cache
+def _properties(device: int) -> tuple[int, int]:
+    if EMULATED:
+        return 4, 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Few in the emulator, so that small shapes take several steps."""
+    return _properties(tensor.get_device())[0]
+
+
+def shared_memory(tensor: Tensor) -> int:
+    """Bytes that one block can have."""
+    return _properties(tensor.get_device())[1]
