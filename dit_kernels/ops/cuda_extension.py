@@ -101,7 +101,9 @@ def _properties(device: int) -> tuple[int, int]:
     if EMULATED:
         return 4, 227 * 1024
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    kilobytes = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+    capability = (properties.major, properties.minor)
+    return properties.multi_processor_count, 1024 * kilobytes.get(capability, 99)
 
 
 def multiprocessors(tensor: Tensor) -> int:

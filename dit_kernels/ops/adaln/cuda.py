@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,16 +24,15 @@ from dit_kernels.ops.adaln.tokens import (
 )
 
 # 16-byte vectors of a row in a thread that there are kernels for, the dtype's bytes and the most threads
-_FORWARD = {2: ((3, 5), 512), 4: ((3, 5), 512)}
-_BACKWARD = {2: ((2, 3), 384), 4: ((3,), 512)}
-_BACKWARD_EXTRA = {2: ((2,), 384), 4: ((3,), 512)}
+Kernels = dict[int, tuple[tuple[int, ...], int]]
+_FORWARD: Kernels = {2: ((3, 5), 512), 4: ((3, 5), 512)}
+_BACKWARD: Kernels = {2: ((2, 3), 384), 4: ((3,), 512)}
+_BACKWARD_EXTRA: Kernels = {2: ((2,), 384), 4: ((3,), 512)}
 # warps that a multiprocessor holds at the registers these kernels take
 _RESIDENT_FORWARD, _RESIDENT_BACKWARD = 16, 12
 _NORMS = {"none": 0, "rms": 1, "layer": 2}
 _FORMS = ("gate", "shift", "scale", "shift2", "scale2")
 _SUMS = (*_FORMS, "branch_weight", "weight", "bias")
-
-Kernels = dict[int, tuple[tuple[int, ...], int]]
 
 
 def supports(*args: Any) -> str | None:
@@ -118,7 +117,8 @@ def _vector(v: Tensor | None) -> Tensor | None:
 
 
 def _forward_plan(tensors: Sequence[Tensor | None], form: tuple[Any, ...], eps: float) -> Any:
-    residual, x, gate, shift, scale, shift2, scale2, *vectors, row_index = tensors
+    residual, _, gate, shift, scale, shift2, scale2, *vectors, row_index = tensors
+    x = cast(Tensor, tensors[1])
     like = x if residual is None else residual
     rows = (gate, shift, scale, shift2, scale2)
     tokens, forms = arrange((residual, x), rows, row_index)
