@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dit_kernels import models, nn, ops, testing
     from dit_kernels.backends import use_backend
+    from dit_kernels.integrations import PatchReport, patch, unpatch
 
-__all__ = ["debug", "models", "nn", "ops", "testing", "use_backend"]
+__all__ = [
+    "PatchReport",
+    "debug",
+    "models",
+    "nn",
+    "ops",
+    "patch",
+    "testing",
+    "unpatch",
+    "use_backend",
+]
 
 
 def debug() -> bool:
@@ -22,6 +33,8 @@ def __getattr__(name: str) -> Any:
     # torch takes seconds to import, and `dit-kernels --help` doesn't need it
     if name == "use_backend":
         return importlib.import_module("dit_kernels.backends").use_backend
+    if name in ("PatchReport", "patch", "unpatch"):
+        return getattr(importlib.import_module("dit_kernels.integrations"), name)
     if name in __all__:
         return importlib.import_module(f"dit_kernels.{name}")
     raise AttributeError(f"module 'dit_kernels' has no attribute {name!r}")

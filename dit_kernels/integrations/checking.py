@@ -1,0 +1,266 @@
+"""The first call of a site against the module's own code, by the project's accuracy rule.
+
+Three runs on the real input, without gradients:
+
+    native   the module's own code; what its matrix products, attention and dropout gave is kept
+    fused    the site; each such product gives what it gave to the native run
+    exact    the module's own code in float64: every tensor enters each function in float64, casts to
+             other floats do nothing, and the products give again what they gave
+
+So the products cost nothing again, no error of theirs is counted, and the float64 run is a few passes
+over the tokens. Compared are the results and what went into every product.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dit_kernels import testing
+from dit_kernels.ops.arguments import autocast_dtype
+
+Key = tuple[Any, ...]
+
+# what is not replaced and costs: replayed. The number says how many leading arguments are tokens
+PRODUCTS: dict[Any, int] = {
+    F.linear: 1,
+    torch.matmul: 2,
+    Tensor.matmul: 2,
+    Tensor.__matmul__: 2,
+    torch.bmm: 2,
+    torch.baddbmm: 0,
+    torch.einsum: 0,
+    F.scaled_dot_product_attention: 3,
+    F.conv1d: 1,
+    F.conv2d: 1,
+    F.conv3d: 1,
+    torch.conv1d: 1,
+    torch.conv2d: 1,
+    torch.conv3d: 1,
+    F.dropout: 1,
+}
+_EXACT = torch.float64
+_NARROWINGS = (Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double)
+
+
+class _Thread(threading.local):
+    running = False
+
+
+_thread = _Thread()
+
+
+def running() -> bool:
+    """Whether this thread is inside a check: sites below the checked one let calls through."""
+    return _thread.running
+
+
+def key(args: Sequence[Any], kwargs: dict[str, Any]) -> Key:
+    """What a verdict holds for: the dtypes of the tensors given, and autocast's."""
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    dtypes = sorted({str(t.dtype) for t in tensors})
+    return (*dtypes, str(autocast_dtype(tensors[0]) if tensors else None))
+
+
+def impossible(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether there are no values to compare: fake tensors, or a CUDA graph being captured."""
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if any(t.is_meta or type(t).__name__ == "FakeTensor" for t in tensors):
+        return True
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def difference(
+    native: Callable[..., Any],
+    fused: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    replay: bool,
+) -> str | None:
+    """How the fused run differs from the native one beyond the accuracy rule, or None."""
+    record = _Record() if replay else None
+    with _apart(args):
+        with record or contextlib.nullcontext():
+            expected = native(*args, **kwargs)
+        taken = _Replay(record.products) if record else None
+        with taken or contextlib.nullcontext():
+            actual = fused(*args, **kwargs)
+        if actual is NotImplemented:
+            return None
+        if taken is not None and taken.problem:
+            return taken.problem
+        try:
+            exact = InFloat64(_Replay(record.products) if record else None)
+            with exact, torch.autocast(_device(args, kwargs), enabled=False):
+                oracle = native(*args, **kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            return f"it could not be checked in float64 ({error})"
+    compared: list[tuple[str, Any, Any, Any]] = [("its result", actual, expected, oracle)]
+    if record is not None and taken is not None and exact.replay is not None:
+        if len(taken.inputs) != len(record.products):
+            return f"it makes {len(taken.inputs)} products where the module makes {len(record.products)}"
+        compared = [
+            (f"what goes into {product.name}", got, product.inputs, true)
+            for product, got, true in zip(
+                record.products, taken.inputs, exact.replay.inputs, strict=True
+            )
+        ] + compared
+    for what, *sides in compared:
+        leaves = [
+            [t for t in tree_leaves(side) if isinstance(t, Tensor) and t.is_floating_point()]
+            for side in sides
+        ]
+        if len({len(found) for found in leaves}) != 1:
+            return f"{what} has {len(leaves[0])} tensors and not {len(leaves[1])}"
+        for got, plain, true in zip(*leaves, strict=True):
+            if got.dtype != plain.dtype or got.shape != plain.shape:
+                return (
+                    f"{what} is {got.dtype} {list(got.shape)}, the module's own"
+                    f" {plain.dtype} {list(plain.shape)}"
+                )
+            worst, bound = testing.error(got, true), testing.allowed(plain, true)
+            if not worst <= bound:
+                return f"{what} is off by {worst:.2e}, allowed {bound:.2e}"
+    return None
+
+
+@contextlib.contextmanager
+def _apart(args: tuple[Any, ...]) -> Iterator[None]:
+    """Without gradients, and without moving the random numbers on."""
+    _thread.running = True
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        _thread.running = False
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            return leaf.device.type
+    return "cpu"
+
+
+@dataclass
+class _Product:
+    name: str
+    inputs: list[Tensor]
+    output: Any
+
+
+def _is_product(function: Any, args: Any, kwargs: Any) -> bool:
+    if function is F.dropout:
+        share = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        return bool(share and kwargs.get("training", args[2] if len(args) > 2 else True))
+    if function in PRODUCTS:
+        return True
+    # kernels of other packages, such as flash attention
+    space = getattr(function, "namespace", None)
+    return space is not None and space not in ("aten", "prims", "prim", "dit_kernels")
+
+
+def _inputs(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    count = PRODUCTS.get(function, 0)
+    return [t for t in (*args, *kwargs.values())[:count] if isinstance(t, Tensor)]
+
+
+class _Record(TorchFunctionMode):
+    """Keeps what each product takes and gives."""
+
+    def __init__(self) -> None:
+        self.products: list[_Product] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if _is_product(function, args, kwargs):
+            name = getattr(function, "__name__", str(function))
+            # a copy: code may write into what a product gave
+            kept = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, result)
+            self.products.append(_Product(name, _inputs(function, args, kwargs), kept))
+        return result
+
+
+class _Replay(TorchFunctionMode):
+    """Gives each product what it gave before, and keeps what it was asked with."""
+
+    def __init__(self, products: list[_Product]) -> None:
+        self.products = products
+        self.inputs: list[list[Tensor]] = []
+        self.problem = ""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return (
+            self.give(function, args, kwargs)
+            if _is_product(function, args, kwargs)
+            else function(*args, **kwargs)
+        )
+
+    def give(self, function: Any, args: Any, kwargs: Any) -> Any:
+        index = len(self.inputs)
+        name = getattr(function, "__name__", str(function))
+        if index >= len(self.products) or self.products[index].name != name:
+            self.problem = self.problem or f"product {index} is {name}, not the module's own"
+            return function(*args, **kwargs)
+        self.inputs.append(_inputs(function, args, kwargs))
+        output = self.products[index].output
+        return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
+
+
+class InFloat64(TorchFunctionMode):
+    """Inside, code written for any dtype runs in float64."""
+
+    def __init__(self, replay: _Replay | None = None) -> None:
+        self.replay = replay
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in ("__get__", "__set__"):
+            return function(*args, **kwargs)
+        args, kwargs = tree_map(_exact, (args, kwargs))
+        if function in _NARROWINGS:
+            return args[0]
+        if function is Tensor.type_as:
+            return args[0]
+        if function is Tensor.to:
+            args = tuple(_EXACT if _is_float(a) else a for a in args)
+            if len(args) > 1 and isinstance(args[1], Tensor):
+                args = (args[0], args[1].device)
+        if _is_float(kwargs.get("dtype")):
+            kwargs["dtype"] = _EXACT
+        if self.replay is not None and _is_product(function, args, kwargs):
+            return tree_map(_exact, self.replay.give(function, args, kwargs))
+        return tree_map(_exact, function(*args, **kwargs))
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value.is_floating_point
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, Tensor) and type(value) in (Tensor, torch.nn.Parameter):
+        if value.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            return value.to(_EXACT)
+        if value.dtype == torch.complex64:
+            return value.to(torch.complex128)
+    return value

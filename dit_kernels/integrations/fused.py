@@ -1,0 +1,160 @@
+"""The fused ops as the adapters call them: a norm module and modulation in, the families' forms out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_kernels import ops
+from dit_kernels.ops.feed_forward import activated_linear
+
+try:  # only the adapters of diffusers' models need it
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+except ImportError:  # pragma: no cover
+    dispatch_attention_fn = None
+
+_NORMS = {"LayerNorm": "layer", "FP32LayerNorm": "layer", "RMSNorm": "rms", "MochiRMSNorm": "rms"}
+
+
+def norm_of(module: nn.Module | None) -> dict[str, Any] | None:
+    """A norm module over the last dimension as arguments of `ops.adaln`; None if it is anything else."""
+    if module is None or type(module).__name__ not in _NORMS:
+        return None
+    if type(module).__module__ not in (
+        "torch.nn.modules.normalization",
+        "diffusers.models.normalization",
+    ):
+        return None
+    size = getattr(module, "normalized_shape", getattr(module, "dim", ()))
+    if len(size) != 1:
+        return None
+    eps = module.eps
+    return {
+        "norm": _NORMS[type(module).__name__],
+        "weight": module.weight,
+        "bias": getattr(module, "bias", None),
+        "eps": torch.finfo(torch.float32).eps if eps is None else eps,
+    }
+
+
+def rows(modulation: Tensor | None) -> Tensor | None:
+    """Modulation that broadcasts over the tokens, [B, 1, C], as a row a sample."""
+    if modulation is not None and modulation.dim() == 3 and modulation.shape[1] == 1:
+        return modulation[:, 0]
+    return modulation
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The ops with the numerics that `patch` was asked for."""
+
+    rounding: str = "eager"
+
+    def adaln(
+        self,
+        norm: nn.Module,
+        x: Tensor,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        """norm(x) * (1 + scale) + shift"""
+        more.setdefault("rounding", self.rounding)
+        return ops.adaln(x, rows(shift), rows(scale), **(norm_of(norm) or {}), **more)
+
+    def gated_adaln(
+        self,
+        norm: nn.Module,
+        residual: Tensor,
+        branch: Tensor,
+        gate: Tensor | None,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        """residual = residual + gate * branch; (residual, norm(residual) * (1 + scale) + shift)"""
+        more.setdefault("rounding", self.rounding)
+        return ops.gated_adaln(
+            residual, branch, rows(gate), rows(shift), rows(scale), **(norm_of(norm) or {}), **more
+        )
+
+    def gated_residual(
+        self, residual: Tensor, branch: Tensor, gate: Tensor | None, **more: Any
+    ) -> Tensor:
+        """residual + gate * branch"""
+        more.setdefault("rounding", self.rounding)
+        return ops.gated_residual(residual, branch, rows(gate), **more)
+
+    def qk(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        norm_q: nn.Module | None,
+        norm_k: nn.Module | None,
+        rotation: Sequence[Tensor] | None = None,
+        **more: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Norm and rotation of q and k [B, N, H, D]"""
+        own = norm_of(norm_q)
+        cos, sin = rotation or (None, None)
+        arguments = {"norm": None} if own is None else {"norm": own["norm"], "eps": own["eps"]}
+        if own is not None:
+            arguments |= {"q_weight": own["weight"], "q_bias": own["bias"]}
+        if own is not None and k is not None:
+            arguments |= {"k_weight": norm_k.weight, "k_bias": getattr(norm_k, "bias", None)}  # type: ignore[union-attr]
+        more.setdefault("rounding", self.rounding)
+        return ops.qk_norm_rope(q, k, cos=cos, sin=sin, **arguments, **more)  # type: ignore[return-value,arg-type]
+
+    def feed_forward(self, x: Tensor, act: str, linear: nn.Module) -> Tensor:
+        """linear(act(x)); a plain Linear keeps only x for the backward."""
+        if is_plain_linear(linear) and torch.is_grad_enabled():
+            return activated_linear(x, linear.weight, linear.bias, act)
+        return linear(self.activation(x, act))
+
+    def activation(self, x: Tensor, act: str) -> Tensor:
+        kind, _, option = act.partition("-")
+        return (
+            ops.gelu_bias(x, approximate=option) if kind == "gelu" else ops.swiglu(x, gate=option)
+        )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward or a site's."""
+    forward = module.__dict__.get("forward")
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or not (forward is None or getattr(forward, "is_site", False))
+    )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """A Linear whose weight can be read directly: not quantised, wrapped, sharded, hooked or offloaded."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, Tensor)
+        and not is_hooked(module)
+    )
+
+
+def attend(
+    processor: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **more: Any
+) -> Tensor:
+    """Attention of [B, N, H, D] as diffusers computes it, through the backend that the user has set."""
+    more.setdefault("parallel_config", getattr(processor, "_parallel_config", None))
+    return dispatch_attention_fn(
+        q, k, v, attn_mask=mask, backend=getattr(processor, "_attention_backend", None), **more
+    )
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of [B, N, H, D] by torch's function, for processors that call it themselves."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)

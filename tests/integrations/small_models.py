@@ -1,0 +1,142 @@
+"""Small random models of every family that diffusers has, and inputs for them.
+
+Every weight is random, also those that training starts at zero (gates, last layers) or one (norms).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Small:
+    """A transformer class, its configuration and what it is called with."""
+
+    kind: str
+    config: dict[str, Any]
+    inputs: Callable[[Callable[..., Tensor]], dict[str, Any]]
+    rows: dict[str, int] = field(default_factory=dict)  # op -> calls in one forward
+
+
+def build(small: Small, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = getattr(diffusers, small.kind)(**small.config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fan = parameter[0].numel() if parameter.dim() > 1 else 4
+            value = torch.randn(parameter.shape, generator=generator) / max(fan, 1) ** 0.5
+            parameter.copy_(value + ("norm" in name and parameter.dim() == 1))
+    # not model.to: some families keep modules in float32, as from_pretrained does
+    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not any(word in name for word in keep):
+            tensor.data = tensor.data.to(dtype)
+    return model.eval()
+
+
+def inputs(small: Small, dtype: torch.dtype = torch.float32, seed: int = 1) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return small.inputs(randn)
+
+
+def output(model: nn.Module, given: dict[str, Any]) -> Tensor:
+    out = model(**given, return_dict=False)
+    return out[0] if isinstance(out, (tuple, list)) else out
+
+
+def image_ids(height: int, width: int) -> Tensor:
+    ids = torch.zeros(height, width, 3)
+    ids[..., 1] += torch.arange(height)[:, None]
+    ids[..., 2] += torch.arange(width)[None]
+    return ids.flatten(0, 1)
+
+
+def _flux(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 12, 4), "encoder_hidden_states": randn(2, 5, 16),
+        "pooled_projections": randn(2, 8), "timestep": torch.tensor([0.7, 0.1]),
+        "img_ids": image_ids(3, 4), "txt_ids": torch.zeros(5, 3),
+    }  # fmt: skip
+
+
+def _wan(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 4, 3, 6, 4), "timestep": torch.tensor([700.0, 20.0]),
+        "encoder_hidden_states": randn(2, 5, 16),
+    }  # fmt: skip
+
+
+_WAN = dict(
+    num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+    freq_dim=8, ffn_dim=40, num_layers=2, rope_max_seq_len=16,
+)  # fmt: skip
+_SD3 = dict(
+    sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8,
+    num_attention_heads=3, joint_attention_dim=16, caption_projection_dim=24,
+    pooled_projection_dim=12, out_channels=4, pos_embed_max_size=6,
+)  # fmt: skip
+_COG = dict(
+    num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+    text_embed_dim=10, num_layers=2, sample_width=8, sample_height=6, sample_frames=5,
+    max_text_seq_length=5, patch_size=2,
+)  # fmt: skip
+
+
+def _sd3(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 4, 8, 6), "encoder_hidden_states": randn(2, 5, 16),
+        "pooled_projections": randn(2, 12), "timestep": torch.tensor([700.0, 20.0]),
+    }  # fmt: skip
+
+
+def _cogvideox(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 2, 4, 6, 8), "encoder_hidden_states": randn(2, 5, 10),
+        "timestep": torch.tensor([700, 20]),
+    }  # fmt: skip
+
+
+def _cogvideox_rope(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    angles = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    doubled = angles.repeat_interleave(2, dim=1)
+    return _cogvideox(randn) | {"image_rotary_emb": (doubled.cos(), doubled.sin())}
+
+
+SMALL: dict[str, Small] = {
+    "wan": Small("WanTransformer3DModel", _WAN, _wan, dict(
+        adaln=3, gated_adaln=4, gated_residual=2, qk_norm_rope=6, gelu_bias=2, patch_embed=1)),
+    "wan-tokens": Small("WanTransformer3DModel", _WAN, lambda randn: _wan(randn) | {
+        "timestep": torch.linspace(0, 900, 36).view(2, 18)}, dict(
+        adaln=3, gated_adaln=4, gated_residual=2, qk_norm_rope=6, gelu_bias=2, patch_embed=1)),
+    "wan-image": Small(
+        "WanTransformer3DModel", _WAN | dict(image_dim=10, added_kv_proj_dim=24, num_layers=1),
+        lambda randn: _wan(randn) | {
+            "encoder_hidden_states": randn(2, 512, 16), "encoder_hidden_states_image": randn(2, 3, 10)},
+        dict(adaln=4, gated_adaln=2, gated_residual=1, qk_norm_rope=4, gelu_bias=2, patch_embed=1)),
+    "flux": Small("FluxTransformer2DModel", dict(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6)), _flux, dict(
+        adaln=4, gated_adaln=2, gated_residual=3, qk_norm_rope=3, gelu_bias=2)),
+    "sd3": Small("SD3Transformer2DModel", _SD3, _sd3, dict(
+        adaln=7, gated_adaln=5, gated_residual=5, gelu_bias=5, patch_embed=1)),
+    "sd3.5": Small("SD3Transformer2DModel", _SD3 | dict(
+        qk_norm="rms_norm", dual_attention_layers=(0,)), _sd3, dict(
+        adaln=7, gated_adaln=5, gated_residual=6, qk_norm_rope=7, gelu_bias=5, patch_embed=1)),
+    "cogvideox": Small("CogVideoXTransformer3DModel", _COG, _cogvideox, dict(
+        adaln=5, gated_adaln=4, gated_residual=4, qk_norm_rope=2, gelu_bias=2, patch_embed=1)),
+    "cogvideox-5b": Small(
+        "CogVideoXTransformer3DModel", _COG | dict(use_rotary_positional_embeddings=True),
+        _cogvideox_rope, dict(
+        adaln=5, gated_adaln=4, gated_residual=4, qk_norm_rope=2, gelu_bias=2, patch_embed=1)),
+}  # fmt: skip
