@@ -532,10 +532,8 @@ void access(const void* address, size_t bytes, size_t alignment, bool write, con
   const uintptr_t stack = stack_pointer();
   if (stack - stacks.begin >= stacks.size) return;
   const auto p = reinterpret_cast<uintptr_t>(address);
-  if (((p ^ stack) & ~uintptr_t(STACK - 1)) == 0) {
-    if ((stack & (STACK - 1)) < 4096) stop(*thread_at(stack), "its local variables need more than 60 KiB", code);
-    return;
-  }
+  if ((stack & (STACK - 1)) < 4096) stop(*thread_at(stack), "its local variables need more than 60 KiB", code);
+  if (((p ^ stack) & ~uintptr_t(STACK - 1)) == 0) return;
   Thread& t = *thread_at(stack);
   if (p & (alignment - 1))
     stop(t, text("it %s %zu bytes at %p, which is not a multiple of %zu", write ? "writes" : "reads", bytes, address,

@@ -1,5 +1,5 @@
-// The entry points that -fsanitize=thread calls at every memory access. The kernels are compiled with it
-// and linked with this file instead of libtsan.
+// The entry points that -fsanitize=thread calls at every memory access, and -fsanitize=bounds at an index
+// that is not of its array. The kernels are linked with this file instead of libtsan and libubsan.
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -36,3 +36,55 @@ ACCESS(8)
 ACCESS(16)
 HOOK void __tsan_read_range(void* p, size_t bytes) { access(p, bytes, 1, false, HERE); }
 HOOK void __tsan_write_range(void* p, size_t bytes) { access(p, bytes, 1, true, HERE); }
+
+// std::atomic and guards of static variables, in host code mostly
+#define ATOMIC(bits)                                                                                          \
+  HOOK uint##bits##_t __tsan_atomic##bits##_load(const volatile uint##bits##_t* p, int) {                     \
+    access(const_cast<uint##bits##_t*>(p), bits / 8, bits / 8, false, HERE);                                  \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                              \
+  }                                                                                                           \
+  HOOK void __tsan_atomic##bits##_store(volatile uint##bits##_t* p, uint##bits##_t value, int) {              \
+    access(const_cast<uint##bits##_t*>(p), bits / 8, bits / 8, true, HERE);                                   \
+    __atomic_store_n(p, value, __ATOMIC_SEQ_CST);                                                             \
+  }                                                                                                           \
+  HOOK uint##bits##_t __tsan_atomic##bits##_exchange(volatile uint##bits##_t* p, uint##bits##_t value, int) { \
+    access(const_cast<uint##bits##_t*>(p), bits / 8, bits / 8, true, HERE);                                   \
+    return __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST);                                                   \
+  }                                                                                                           \
+  HOOK uint##bits##_t __tsan_atomic##bits##_fetch_add(volatile uint##bits##_t* p, uint##bits##_t value, int) { \
+    access(const_cast<uint##bits##_t*>(p), bits / 8, bits / 8, true, HERE);                                   \
+    return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST);                                                    \
+  }                                                                                                           \
+  HOOK int __tsan_atomic##bits##_compare_exchange_strong(volatile uint##bits##_t* p, uint##bits##_t* expected, \
+                                                         uint##bits##_t value, int, int) {                    \
+    access(const_cast<uint##bits##_t*>(p), bits / 8, bits / 8, true, HERE);                                   \
+    return __atomic_compare_exchange_n(p, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);        \
+  }
+ATOMIC(8)
+ATOMIC(16)
+ATOMIC(32)
+ATOMIC(64)
+
+// gcc's description of an array index (libsanitizer/ubsan/ubsan_handlers.h, ubsan_value.h)
+struct Type {
+  uint16_t kind, info;
+  char name[1];
+};
+struct Index {
+  struct {
+    const char* file;
+    uint32_t line, column;
+  } place;
+  const Type *array, *index;
+};
+
+HOOK void __ubsan_handle_out_of_bounds(Index* where, uintptr_t value) {
+  const char* file = std::strrchr(where->place.file, '/');
+  emulator::fail_at("index " + std::to_string(static_cast<intptr_t>(value)) + " is out of bounds of " +
+                        where->array->name + " at " + (file ? file + 1 : where->place.file) + ":" +
+                        std::to_string(where->place.line),
+                    nullptr);
+}
+HOOK void __ubsan_handle_out_of_bounds_abort(Index* where, uintptr_t value) {
+  __ubsan_handle_out_of_bounds(where, value);
+}
