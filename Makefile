@@ -5,7 +5,7 @@ PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format check bench audit gpu report weights clean
+.PHONY: help install demo test lint format check bench audit gpu peers report weights clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -52,8 +52,11 @@ bench: $(INSTALLED) ## Time every op here against eager and torch.compile
 audit: $(INSTALLED) ## Compile every Triton kernel for four targets without a GPU: registers, spills, load widths
 	$(BIN)/python -m benchmarks.audit
 
-gpu: ## On a machine with a GPU, torch and triton, no network needed: tests and benchmarks (STAGES="...")
+gpu: ## On a machine with a GPU, torch and triton, no network needed: all in ten minutes (STAGES="test ...")
 	$(PYTHON) -m benchmarks.gpu $(STAGES)
+
+peers: $(INSTALLED) ## Wheels of outside kernels into peers/, which `make gpu` installs from
+	$(BIN)/python -m benchmarks.peers peers
 
 report: $(INSTALLED) ## docs/benchmarks.md and its plots, from the committed results
 	$(BIN)/python -m benchmarks.report

@@ -2,13 +2,13 @@
 
 Ours:     each backend of the op that is there.
 Eager:    the formula as people write it; `compile` and `compile-max` the same through torch.compile.
-Outside:  the best kernels that install, each in one small adapter; a missing one is listed as missing.
+torch's:  attention with one kernel forced, FlexAttention with the same window, packed attention.
+Outside:  the packages of `peers`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Arguments, Case
+from benchmarks.peers import PEERS, Outputs, Peer, on_gpu
 from dit_kernels import backends, ops, testing
-
-Outputs = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,16 @@ class Baseline:
         applies: whether it has the op at all.
         missing: why it can't run this call here, or None.
         call: makes the function that is timed.
+        has_backward: whether a gradient can be asked of it.
+        last: takes long to prepare, so it runs when everything else has been timed.
     """
 
     name: str
     applies: Callable[[Case], bool]
     missing: Callable[[Case, Arguments], str | None]
     call: Callable[[Case, Arguments], Callable[..., Outputs]]
+    has_backward: Callable[[Case], bool] = lambda case: True
+    last: bool = False
 
 
 def baselines(device: str) -> Iterator[Baseline]:
@@ -48,14 +51,25 @@ def baselines(device: str) -> Iterator[Baseline]:
         yield _ours("reference")
     yield Baseline("eager", _every, _eager_missing, _eager)
     yield Baseline("compile", _every, _eager_missing, _compiled("default"))
-    if device == "cuda":
-        yield Baseline(
-            "compile-max", _every, _eager_missing, _compiled("max-autotune-no-cudagraphs")
-        )
     for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
         yield _sdpa(backend)
-    yield Baseline("flex", lambda case: case.name == "attention-window", _on_gpu, _flex)
-    yield Baseline("liger", lambda case: case.name == "swiglu", _liger_missing, _liger)
+    yield Baseline("flex", lambda case: case.name == "attention-window", _needs_gpu, _flex)
+    yield Baseline("varlen", lambda case: case.name == "attention-packed", _varlen_missing, _varlen)
+    for peer in PEERS:
+        yield _outside(peer)
+    if device == "cuda":
+        mode = "max-autotune-no-cudagraphs"
+        yield Baseline("compile-max", _every, _eager_missing, _compiled(mode), last=True)
+
+
+def _outside(peer: Peer) -> Baseline:
+    return Baseline(
+        peer.name,
+        lambda case: case.name in peer.adapters,
+        lambda case, arguments: peer.missing(case.name, arguments),
+        lambda case, arguments: peer.adapters[case.name].call(arguments),
+        lambda case: peer.adapters[case.name].backward,
+    )
 
 
 def _ours(name: str) -> Baseline:
@@ -80,9 +94,8 @@ def _every(case: Case) -> bool:
     return True
 
 
-def _on_gpu(case: Case, arguments: Arguments) -> str | None:
-    given = (v for v in arguments.values() if isinstance(v, Tensor))
-    return None if next(given).is_cuda else "needs a GPU"
+def _needs_gpu(case: Case, arguments: Arguments) -> str | None:
+    return on_gpu(arguments)
 
 
 def _eager_missing(case: Case, arguments: Arguments) -> str | None:
@@ -132,8 +145,8 @@ def _sdpa(kernel: str) -> Baseline:
             ).transpose(1, 2)
 
     def missing(case: Case, arguments: Arguments) -> str | None:
-        if _on_gpu(case, arguments):
-            return _on_gpu(case, arguments)
+        if on_gpu(arguments):
+            return on_gpu(arguments)
         with torch.no_grad(), contextlib.suppress(RuntimeError):
             run(**arguments)
             return None
@@ -172,13 +185,20 @@ def _flex(case: Case, arguments: Arguments) -> Callable[..., Outputs]:
     return run
 
 
-def _liger_missing(case: Case, arguments: Arguments) -> str | None:
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed"
-    return _on_gpu(case, arguments)
+def _varlen_missing(case: Case, arguments: Arguments) -> str | None:
+    try:
+        import torch.nn.attention.varlen
+    except ImportError:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    return on_gpu(arguments)
 
 
-def _liger(case: Case, arguments: Arguments) -> Callable[..., Outputs]:
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+def _varlen(case: Case, arguments: Arguments) -> Callable[..., Outputs]:
+    """torch's own packed attention."""
+    from torch.nn.attention.varlen import varlen_attn
 
-    return lambda x: LigerSiLUMulFunction.apply(*(h.contiguous() for h in x.chunk(2, dim=-1)))
+    def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        packed = (x[0] for x in (q, k, v))
+        return varlen_attn(*packed, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)[None]
+
+    return run

@@ -1,6 +1,7 @@
 """Run cases x shapes x implementations: accuracy first, then time; one JSON file a run.
 
-    python -m benchmarks.bench [op or case ...] [--quick] [--shape NAME] [--out DIR]
+    python -m benchmarks.bench [op or case ...] [--quick] [--shape NAME] [--sweep NAME] [--out DIR]
+    python -m benchmarks.bench models [--help]
     python -m benchmarks.bench --compare A.json B.json
 
 `dit-kernels bench` is the same.
@@ -9,10 +10,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +24,85 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.baselines import Baseline, Outputs, baselines
-from benchmarks.cases import Arguments, Case, cases_for
-from benchmarks.shapes import CPU, QUICK, SHAPES, Shape
+from benchmarks.cases import CASES, Arguments, Case, cases_for
+from benchmarks.shapes import CPU, CPU_QUICK, QUICK, SHAPES, SWEEPS, Shape, swept
 from benchmarks.timing import on_capture_stream, sets_for, timed
 from dit_kernels import testing
 
 Row = dict[str, Any]
-OURS = ("triton", "cuda", "reference")
+OURS = ("triton", "cuda", "reference", "ours")
+DIRECTIONS = ("forward", "backward", "both")
+# of a sweep's points on a CPU
+CPU_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Point:
+    """A case at a shape. `tags` go into its rows: the shape's name, and the place in a sweep."""
+
+    case: Case
+    shape: Shape
+    tags: Row = field(default_factory=dict)
+
+
+def points(
+    wanted: Sequence[str], shapes: Sequence[str], sweeps: Sequence[str], device: str
+) -> list[Point]:
+    found = [
+        Point(case, SHAPES[name], {"shape": name})
+        for name in shapes
+        for case in cases_for(SHAPES[name], tuple(wanted))
+    ]
+    most = CPU_TOKENS if device == "cpu" else 1 << 30
+    for sweep, x, shape in swept(tuple(sweeps), most):
+        tags = {"shape": f"{sweep} {x:g}", "sweep": sweep, "x": x}
+        for case in cases_for(shape, tuple(wanted)):
+            if case.name in SWEEPS[sweep].cases:
+                found.append(Point(case, shape, tags))
+    return found
 
 
 def run(
-    device: str, wanted: Sequence[str], shapes: Sequence[str], dtype: torch.dtype
+    device: str, wanted: Sequence[Point], dtype: torch.dtype, seconds: float = float("inf")
 ) -> Iterator[Row]:
-    for shape_name in shapes:
-        shape = SHAPES[shape_name]
-        for case in cases_for(shape, tuple(wanted)):
-            costs = case.cost(shape, dtype)
-            for baseline in baselines(device):
-                if not baseline.applies(case):
-                    continue
-                row = {
-                    "case": case.name, "op": case.op, "shape": shape_name, "implementation": baseline.name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                }  # fmt: skip
-                try:
-                    yield from _measured(case, shape, baseline, dtype, device, row, costs)
-                except torch.OutOfMemoryError:
-                    yield {**row, "absent": "out of memory"}
-                except Exception as error:  # Triton's own are none of Python's narrower kinds
-                    reason = (str(error).strip().splitlines() or ["no message"])[0]
-                    yield {**row, "failed": f"{type(error).__name__}: {reason}"}
-                finally:
-                    if device == "cuda":
-                        torch.cuda.empty_cache()
+    """A row a point, implementation and direction.
+
+    After `seconds` nothing new is begun; then the last row is {"unfinished": how many are missing}.
+    """
+    end = time.monotonic() + seconds
+    pairs = [
+        (point, baseline)
+        for point in wanted
+        for baseline in baselines(device)
+        if baseline.applies(point.case)
+    ]
+    pairs.sort(key=lambda pair: pair[1].last)
+    for i, (point, baseline) in enumerate(pairs):
+        if time.monotonic() > end:
+            yield {"unfinished": len(pairs) - i}
+            return
+        row = {
+            "case": point.case.name, "op": point.case.op, **point.tags,
+            "implementation": baseline.name, "dtype": str(dtype).removeprefix("torch."),
+        }  # fmt: skip
+        try:
+            yield from _measured(point, baseline, dtype, device, row)
+        except torch.OutOfMemoryError:
+            yield {**row, "absent": "out of memory"}
+        except Exception as error:  # Triton's own are none of Python's narrower kinds
+            reason = (str(error).strip().splitlines() or ["no message"])[0]
+            yield {**row, "failed": f"{type(error).__name__}: {reason}"}
+        finally:
+            if device == "cuda":
+                torch.cuda.empty_cache()
 
 
 def _measured(
-    case: Case, shape: Shape, baseline: Baseline, dtype: torch.dtype, device: str, row: Row,
-    costs: dict[str, tuple[int, int]],
-) -> Iterator[Row]:  # fmt: skip
+    point: Point, baseline: Baseline, dtype: torch.dtype, device: str, row: Row
+) -> Iterator[Row]:
+    case, shape = point.case, point.shape
+    costs = case.cost(shape, dtype)
+    costs["both"] = tuple(sum(pair) for pair in zip(*costs.values(), strict=True))
     small = case.arguments(shape.small(), dtype, device, 0)
     reason = baseline.missing(case, small) or baseline.missing(
         case, case.arguments(shape, dtype, device, 0)
@@ -67,8 +110,8 @@ def _measured(
     if reason:
         yield {**row, "absent": reason}
         return
-    accuracy = _accuracy(case, small, baseline)
-    wrong = [a for a in accuracy if not a.ok]
+    differentiable = baseline.has_backward(case)
+    wrong = [a for a in accuracy(case, small, baseline) if not a.ok]
     if wrong and baseline.name in OURS:
         raise AssertionError(
             f"{wrong[0].tensor} is off by {wrong[0].error:.2e}, allowed {wrong[0].allowed:.2e}"
@@ -77,28 +120,27 @@ def _measured(
     call = baseline.call(case, case.arguments(shape, dtype, device, 0))
     size = costs["forward"][1]
     inputs = [case.arguments(shape, dtype, device, seed) for seed in range(sets_for(size, device))]
-    for direction in ("forward", "backward"):
+    saved = _saved_bytes(call, inputs[0]) if differentiable else None
+    for direction in DIRECTIONS if differentiable else ("forward",):
         peak = _peak(call, inputs[0], direction) if device == "cuda" else None
-        samples = timed(_calls(call, inputs, direction, device), device)
+        timing = timed(calls(call, inputs, direction, device), device)
         flops, moved = costs[direction]
-        middle = statistics.median(samples)
-        quarters = statistics.quantiles(samples, n=4)
         yield {
-            **row, "direction": direction, "ms": 1e3 * middle, "ms_quartiles": [1e3 * q for q in quarters],
-            "flops": flops, "bytes": moved, "gbps": moved / middle / 1e9,
-            "tflops": flops / middle / 1e12, "peak_bytes": peak,
+            **row, "direction": direction, **timing.columns, "flops": flops, "bytes": moved,
+            "gbps": moved / timing.median / 1e9, "tflops": flops / timing.median / 1e12,
+            "peak_bytes": peak, "saved_bytes": None if direction == "forward" else saved,
         }  # fmt: skip
 
 
-def _accuracy(case: Case, small: Arguments, baseline: Baseline) -> list[testing.Accuracy]:
-    """The rule on the small form of the shape, forward and backward."""
-    function = case.function
+def accuracy(case: Case, small: Arguments, baseline: Baseline) -> list[testing.Accuracy]:
+    """The rule on the small form of the shape, forward and, where there is one, backward."""
+    function, backward = case.function, baseline.has_backward(case)
     oracle = testing.run(
-        function, testing.converted(small, torch.float64), backend="reference"
+        function, testing.converted(small, torch.float64), backward=backward, backend="reference"
     ).all()
     with testing.plain_torch():
-        eager = testing.run(function, small).all()
-    got = testing.run(baseline.call(case, small), small).all()
+        eager = testing.run(function, small, backward=backward).all()
+    got = testing.run(baseline.call(case, small), small, backward=backward).all()
     return [
         testing.Accuracy(n, testing.error(got[n], oracle[n]), testing.allowed(eager[n], oracle[n]))
         for n in oracle
@@ -111,16 +153,43 @@ def _peak(call: Callable[..., Outputs], arguments: Arguments, direction: str) ->
     for _ in range(2):  # the first may compile and tune
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        (once,) = _calls(call, [arguments], direction, "cuda")
+        (once,) = calls(call, [arguments], direction, "cuda")
         once()
         peak = torch.cuda.max_memory_allocated() - held
         del once
     return peak
 
 
-def _calls(
+def _saved_bytes(call: Callable[..., Outputs], arguments: Arguments) -> int:
+    """What the forward keeps alive for the backward, inputs included, each memory counted once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    leaves = _leaves(arguments)
+    call(**leaves)  # what is compiled, is compiled without the hooks
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(**leaves)
+    return sum(kept.values())
+
+
+def _leaves(arguments: Arguments) -> Arguments:
+    """The same values, with a gradient for each floating tensor but the rotation's tables."""
+    return {
+        name: value.detach().requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in ("cos", "sin")
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def calls(
     call: Callable[..., Outputs], inputs: list[Arguments], direction: str, device: str
 ) -> list[Callable[[], object]]:
+    """What is timed, for each set of inputs."""
     if direction == "forward":
 
         def forward(arguments: Arguments) -> Callable[[], object]:
@@ -133,42 +202,48 @@ def _calls(
         return [forward(arguments) for arguments in inputs]
 
     def backward(arguments: Arguments) -> Callable[[], object]:
-        leaves = {
-            n: v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
-            for n, v in arguments.items()
-            if n not in ("cos", "sin")
-        }
-        fixed = {n: arguments[n] for n in ("cos", "sin") if n in arguments}
+        leaves = _leaves(arguments)
         wanted = [v for v in leaves.values() if isinstance(v, Tensor) and v.requires_grad]
+
+        def outputs() -> tuple[Tensor, ...]:
+            found = call(**leaves)
+            found = found if isinstance(found, tuple) else (found,)
+            return tuple(out for out in found if out is not None)
+
         with on_capture_stream(device):
-            outputs = call(**leaves, **fixed)
-            outputs = tuple(
-                o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None
-            )
-            grads = [torch.randn_like(o) for o in outputs]
-        return lambda: torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
+            made = outputs()
+            grads = [torch.randn_like(out) for out in made]
+        if direction == "backward":
+            return lambda: torch.autograd.grad(made, wanted, grads, retain_graph=True)
+        return lambda: torch.autograd.grad(outputs(), wanted, grads)
 
     return [backward(arguments) for arguments in inputs]
 
 
 def compare(old: Path, new: Path) -> list[str]:
-    """What moved by more than the spread of both runs: a line each."""
-
-    def rows(path: Path) -> dict[tuple[str, ...], Row]:
-        keys = ("case", "shape", "implementation", "direction", "dtype")
-        return {
-            tuple(r[k] for k in keys): r for r in json.loads(path.read_text())["rows"] if "ms" in r
-        }
-
-    before, after = rows(old), rows(new)
+    """What moved by more than the spread of both runs, largest change first; other machines are named."""
+    runs = [json.loads(path.read_text()) for path in (old, new)]
+    before, after = ({row_key(r): r for r in run["rows"] if "ms" in r} for run in runs)
     lines = []
     for key in before.keys() & after.keys():
         a, b = before[key], after[key]
         spread = max(r["ms_quartiles"][2] - r["ms_quartiles"][0] for r in (a, b))
         if abs(b["ms"] - a["ms"]) > spread:
             change = 100 * (b["ms"] / a["ms"] - 1)
-            lines.append(f"{change:+6.1f}%  {a['ms']:.4f} -> {b['ms']:.4f} ms  {' '.join(key)}")
-    return sorted(lines)
+            line = f"{change:+6.1f}%  {a['ms']:.4f} -> {b['ms']:.4f} ms  {' '.join(key)}"
+            lines.append((-abs(change), line))
+    head = []
+    for name in ("device", "torch", "triton", "driver"):
+        a, b = (run.get("machine", {}).get(name) for run in runs)
+        if a != b:
+            head.append(f"{name}: {a} -> {b}")
+    return head + [line for _, line in sorted(lines)]
+
+
+def row_key(row: Row) -> tuple[str, ...]:
+    """What a row is of; rows of ops and of models."""
+    keys = ("case", "model", "mode", "shape", "batch", "implementation", "direction", "dtype")
+    return tuple(str(row[key]) for key in keys if key in row)
 
 
 def describe(row: Row, ceilings: dict[str, float]) -> str:
@@ -177,28 +252,48 @@ def describe(row: Row, ceilings: dict[str, float]) -> str:
         return f"{name} absent: {row['absent']}"
     if "failed" in row:
         return f"{name} FAILED: {row['failed']}"
-    return f"{name} {row['direction']:8} {row['ms']:10.4f} ms  {share(row, ceilings)}"
+    marks = "" if row["accurate"] else "  INACCURATE"
+    if row["timed_by"] == "events":
+        marks += "  (no graph)"
+    rate, percent = binding(row, ceilings)
+    return f"{name} {row['direction']:8} {row['ms']:10.4f} ms {rate:>14} {percent:5.1f}% of the ceiling{marks}"
 
 
-def share(row: Row, ceilings: dict[str, float]) -> str:
-    """Of the ceiling that binds: the larger of the two floors."""
+def binding(row: Row, ceilings: dict[str, float]) -> tuple[str, float]:
+    """The rate that binds (the larger of the two floors), and its percent of the ceiling."""
     copy = row["bytes"] / (ceilings["copy_gbps"] * 1e9)
     product = row["flops"] / (ceilings["matmul_tflops"] * 1e12)
     percent = 100 * max(copy, product) / (row["ms"] / 1e3)
-    rate = f"{row['tflops']:7.1f} TFLOP/s" if product > copy else f"{row['gbps']:7.0f} GB/s   "
-    return f"{rate} {percent:5.1f}% of the ceiling"
+    return f"{row['tflops']:.1f} TFLOP/s" if product > copy else f"{row['gbps']:.0f} GB/s", percent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("dit-kernels bench", description=__doc__.splitlines()[0])
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "models":
+        from benchmarks import bench_models
+
+        return bench_models.main(arguments[1:])
+    parser = argparse.ArgumentParser(
+        "dit-kernels bench",
+        description="Time every op against eager PyTorch, torch.compile and the best outside kernels.",
+        epilog="`dit-kernels bench models` times whole models; see `dit-kernels bench models --help`.",
+    )
     parser.add_argument("cases", nargs="*", help="ops or cases; all by default")
     parser.add_argument("--quick", action="store_true", help="few shapes")
     parser.add_argument(
-        "--shape", action="append", choices=SHAPES, help="this shape; may be repeated"
-    )
+        "--shape", action="append", metavar="NAME", choices=SHAPES,
+        help="this shape, may be repeated: " + ", ".join(SHAPES),
+    )  # fmt: skip
+    parser.add_argument(
+        "--sweep", action="append", metavar="NAME", choices=(*SWEEPS, "all"), default=[],
+        help="vary one size, may be repeated: " + ", ".join(SWEEPS) + ", all; no --shape then means none",
+    )  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--out", type=Path, help="folder of the JSON; benchmarks/results/<device>")
-    parser.add_argument("--name", default="ops", help="of the JSON file")
+    parser.add_argument("--name", help="of the JSON file; ops, or sweeps")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin nothing new after so many"
+    )
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("A", "B"), help="what moved from A to B"
     )
@@ -210,30 +305,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         print("\n".join(compare(*given.compare)) or "nothing moved by more than the runs' spread")
         return 0
-    known = {c.name for s in SHAPES.values() for c in cases_for(s)} | {
-        c.op for s in SHAPES.values() for c in cases_for(s)
-    }
+    known = {case.name for case in CASES} | {case.op for case in CASES}
     unknown = [name for name in given.cases if name not in known]
     if unknown:
         names = ", ".join(sorted(known))
         print(f"dit-kernels bench: no case {unknown[0]!r}; there are {names}", file=sys.stderr)
         return 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = given.shape or (CPU if device == "cpu" else QUICK if given.quick else tuple(SHAPES))
-    out = given.out or machine.ROOT / "benchmarks" / "results" / machine.folder(device)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{given.name}.json"
-    result: dict[str, Any] = {
-        "machine": machine.describe(device), "ceilings": machine.ceilings(device), "rows": []
-    }  # fmt: skip
+    sweeps = tuple(SWEEPS) if "all" in given.sweep else given.sweep
+    shapes = given.shape or (() if sweeps else default_shapes(device, given.quick))
+    wanted = points(given.cases, shapes, sweeps, device)
+    if not wanted:
+        print("dit-kernels bench: none of these cases has one of these shapes", file=sys.stderr)
+        return 2
+    result: Row = {"machine": machine.describe(device), "ceilings": machine.ceilings(device)}
     print(json.dumps({**result["machine"], **result["ceilings"]}, indent=1))
-    for row in run(device, given.cases, shapes, getattr(torch, given.dtype)):
-        result["rows"].append(row)
-        print(describe(row, result["ceilings"]), flush=True)
-        path.write_text(json.dumps(result, indent=1))  # as it goes: a run may be cut off
-    failed = sum("failed" in row for row in result["rows"])
-    print(f"{len(result['rows'])} rows, {failed} failed: {path}")
+    path = result_file(given.out, given.name or ("sweeps" if sweeps else "ops"), device)
+    rows = run(device, wanted, getattr(torch, given.dtype), given.seconds)
+    failed = write_rows(path, result, rows, describe)
+    if device == "cpu" and not sweeps:
+        result["host_us"] = _host_cost()
+        path.write_text(json.dumps(result, indent=1))
     return 1 if failed else 0
+
+
+def default_shapes(device: str, quick: bool) -> tuple[str, ...]:
+    if device == "cpu":
+        return CPU_QUICK if quick else CPU
+    return QUICK if quick else tuple(name for name in SHAPES if name not in CPU)
+
+
+def result_file(folder: Path | None, name: str, device: str) -> Path:
+    folder = folder or machine.ROOT / "benchmarks" / "results" / machine.folder(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.json"
+
+
+def write_rows(
+    path: Path, result: Row, rows: Iterator[Row], line: Callable[[Row, dict[str, float]], str]
+) -> int:
+    """Write and print the rows as they come; how many of ours failed."""
+    result["rows"] = []
+    for row in rows:
+        if "unfinished" in row:
+            result |= row
+            print(f"out of time: {row['unfinished']} not begun", flush=True)
+        else:
+            result["rows"].append(row)
+            print(line(row, result["ceilings"]), flush=True)
+        path.write_text(json.dumps(result, indent=1))  # as it goes: a run may be cut off
+    failed = [row for row in result["rows"] if "failed" in row]
+    ours = sum(row["implementation"].startswith(OURS) for row in failed)
+    print(f"{len(result['rows'])} rows, {len(failed)} failed, {ours} of them ours: {path}")
+    return ours
+
+
+def _host_cost() -> dict[str, float]:
+    """Microseconds of Python a call of each case costs, launch excluded; no GPU is needed."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    from benchmarks import host_cost
+
+    return dict(host_cost.costs())
 
 
 if __name__ == "__main__":

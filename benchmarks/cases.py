@@ -39,8 +39,12 @@ class Case:
     def cost(self, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
         """(FLOPs, bytes) forward and backward, from the op's own cost()."""
         recorder = _Recorder()
+        arguments = self.arguments(shape, dtype, "meta", 0)
+        if shape.lengths and self.op == "attention3d":
+            # without grids the op counts every sequence as the longest
+            arguments["grid"] = [(1, 1, length) for length in shape.lengths]
         with recorder, torch.no_grad():
-            getattr(ops, self.function)(**self.arguments(shape, dtype, "meta", 0))
+            getattr(ops, self.function)(**arguments)
         (args,) = recorder.calls
         return backends.load(self.op, "reference").cost(*args[:-2])
 
@@ -130,6 +134,29 @@ def _attention_window(shape: Shape, randn: Random) -> Arguments:
     }  # fmt: skip
 
 
+def _starts(shape: Shape, device: torch.device) -> Tensor:
+    starts = [sum(shape.lengths[:i]) for i in range(len(shape.lengths) + 1)]
+    return torch.tensor(starts, dtype=torch.int32, device=device)
+
+
+def _attention_packed(shape: Shape, randn: Random) -> Arguments:
+    arguments = _attention(shape, randn)
+    starts = _starts(shape, arguments["q"].device)
+    return {**arguments, "cu_seqlens": starts, "max_seqlen": max(shape.lengths)}
+
+
+def _gated_adaln_packed(shape: Shape, randn: Random) -> Arguments:
+    """Each token reads the row of its sequence."""
+    size = (1, shape.tokens, shape.channels)
+    gate, shift, scale = randn(len(shape.lengths), 3 * shape.channels).chunk(3, dim=-1)
+    rows = [i for i, length in enumerate(shape.lengths) for _ in range(length)]
+    index = torch.tensor(rows, dtype=torch.int32, device=gate.device)
+    return {
+        "residual": randn(*size), "branch": randn(*size), "gate": gate, "shift": shift, "scale": scale,
+        "row_index": index,
+    }  # fmt: skip
+
+
 def _patch_embed(shape: Shape, randn: Random) -> Arguments:
     size = [n * p for n, p in zip(shape.grid, shape.patch, strict=True)]
     return {
@@ -171,9 +198,11 @@ CASES = (
     Case("adaln", "gated_residual", "gated_residual", _gated_residual),
     Case("adaln", "gated_adaln", "gated_adaln", _gated_adaln),
     Case("adaln", "gated_adaln-frames", "gated_adaln", _gated_adaln_frames),
+    Case("adaln", "gated_adaln-packed", "gated_adaln", _gated_adaln_packed),
     Case("qk_norm_rope", "qk_norm_rope", "qk_norm_rope", _qk_norm_rope),
     Case("attention3d", "attention", "attention3d", _attention),
     Case("attention3d", "attention-window", "attention3d", _attention_window),
+    Case("attention3d", "attention-packed", "attention3d", _attention_packed),
     Case("patch_embed", "patch_embed", "patch_embed", _patch_embed),
     Case("unpatchify", "unpatchify", "unpatchify", _unpatchify),
     Case("final_layer", "final_layer", "final_layer", _final_layer),
@@ -186,6 +215,8 @@ def cases_for(shape: Shape, wanted: tuple[str, ...] = ()) -> Iterator[Case]:
     """The cases that a shape has; `wanted` keeps ops or cases of these names."""
     for case in CASES:
         if wanted and case.op not in wanted and case.name not in wanted:
+            continue
+        if case.name.endswith("-packed") != bool(shape.lengths):
             continue
         if case.name == "attention-window" and shape.window is None:
             continue

@@ -1,21 +1,25 @@
 """`make gpu`: all that only a GPU can tell, in stages, on a bare machine without a network.
 
-    python3 -m benchmarks.gpu [test memcheck bench-adaln ...]
+    python3 -m benchmarks.gpu [build test bench-attention ...] [--seconds 590]
 
-Needs torch, triton and pytest. Each stage has its own time limit, writes its log as it goes and cannot stop the
-next. Results go to $OUT, or to benchmarks/results/<device>; a summary is printed last.
+Needs torch, triton and pytest; nvcc, cmake, ninja and pybind11 for the build. Stages share the seconds in
+proportion to their weights: what one leaves over the later ones get, and stages that are picked by name get
+all. Each writes its results and its log as it goes and cannot stop the next. At most eight files are written,
+to $OUT or to benchmarks/results/<device>; a summary comes last.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,20 +27,48 @@ import torch
 from benchmarks import machine
 
 ROOT = machine.ROOT
+# `make peers` fills it; what is installed from it lies beside it, outside of the machine's own packages
+WHEELS = ROOT / "peers"
+SITE = WHEELS / "site"
+# modules that may tune the Triton kernels: the first that is there is run
+TUNERS = ("benchmarks.tune", "dit_kernels.tune")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command with its limit in seconds. `missing` is why it can't run here, or None."""
+    """A command with its weight in the time.
+
+    Args:
+        command: {out} and {seconds} in it are filled in.
+        missing: why it can't run here, or None.
+        environment: what is set for it.
+    """
 
     name: str
     command: tuple[str, ...]
-    limit: int
+    weight: int
     missing: Callable[[], str | None] = lambda: None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "there is no GPU"
+
+
+def no_build() -> str | None:
+    if not list((ROOT / "csrc").glob("*.cu")):
+        return "there are no CUDA sources in csrc"
+    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    places = ("nvcc", *(f"{home}/bin/nvcc" for home in homes if home))
+    return no_gpu() or (None if any(map(shutil.which, places)) else "there is no nvcc")
+
+
+def no_wheels() -> str | None:
+    return (
+        None
+        if list(WHEELS.glob("*.whl"))
+        else f"no wheels in {WHEELS.name}/: `make peers` fills it"
+    )
 
 
 def no_sanitizer() -> str | None:
@@ -45,81 +77,144 @@ def no_sanitizer() -> str | None:
     return None if shutil.which("compute-sanitizer") else "compute-sanitizer is not on the PATH"
 
 
+def tuner() -> str | None:
+    for name in TUNERS:
+        parent = name.rpartition(".")[0]
+        if importlib.util.find_spec(parent) and importlib.util.find_spec(name):
+            return name
+    return None
+
+
+def no_tuner() -> str | None:
+    return no_gpu() or (None if tuner() else f"there is no {' or '.join(TUNERS)}")
+
+
 def _bench(*arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "benchmarks.bench", *arguments)
+    return (
+        sys.executable, "-m", "benchmarks.bench", *arguments, "--out", "{out}", "--seconds", "{seconds}",
+    )  # fmt: skip
 
 
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-SHAPES = ("--shape", "dit-xl-256", "--shape", "dit-xl-1024", "--shape", "wan-1.3b-480p")
-STAGES = (
-    Stage("test", (*PYTEST, "tests/gpu"), 150, no_gpu),
-    Stage(
-        "memcheck",
-        ("compute-sanitizer", "--tool", "memcheck", *PYTEST, "tests/gpu", "-k", "memcheck"),
-        60,
+def _sanitizer(tool: str) -> Stage:
+    """A few small cases under compute-sanitizer: out-of-bounds accesses, or races in shared memory."""
+    return Stage(
+        tool,
+        # without an exit code of its own it ends well whatever it finds
+        ("compute-sanitizer", "--tool", tool, "--error-exitcode", "86", *PYTEST,
+         "tests/gpu/test_sanitizer.py"),
+        35,
         no_sanitizer,
-    ),
-    Stage("bench-adaln", _bench("adaln", "--name", "adaln", *SHAPES), 110, no_gpu),
-    Stage("bench-attention", _bench("attention3d", "--name", "attention", *SHAPES), 110, no_gpu),
-    Stage("bench-qk", _bench("qk_norm_rope", "--name", "qk_norm_rope", *SHAPES), 40, no_gpu),
-    Stage(
-        "bench-rest",
-        _bench(
-            "patch_embed", "unpatchify", "final_layer", "feed_forward", "--name", "rest", *SHAPES
-        ),
-        110,
-        no_gpu,
-    ),
+        # torch's cache of blocks would hide what is read past the end of a tensor
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )  # fmt: skip
+
+
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-ra")
+# a build that skips the extension ends well too: what counts is that it can be imported
+BUILD = (
+    f"{sys.executable} setup.py build_ext --inplace && {sys.executable} -c 'import dit_kernels._C'"
 )
+SHAPES = ("--shape", "dit-xl-256", "--shape", "dit-xl-1024", "--shape", "wan-1.3b-480p")
+REST = ("patch_embed", "unpatchify", "final_layer", "feed_forward")
+STAGES = (
+    Stage(
+        "peers",
+        (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade",
+         "--target", str(SITE), "{wheels}"),
+        10,
+        no_wheels,
+    ),
+    Stage("build", ("sh", "-c", BUILD), 80, no_build),
+    Stage("test", (*PYTEST, "tests/gpu"), 110, no_gpu),
+    _sanitizer("memcheck"),
+    _sanitizer("racecheck"),
+    Stage("audit", (sys.executable, "-m", "benchmarks.audit"), 20, no_gpu),
+    Stage("tune", (sys.executable, "-m", "{tuner}", "--out", "{out}"), 30, no_tuner),
+    Stage("bench-adaln", _bench("adaln", "--name", "adaln", *SHAPES), 60, no_gpu),
+    Stage("bench-attention", _bench("attention3d", "--name", "attention", *SHAPES), 70, no_gpu),
+    Stage("bench-qk", _bench("qk_norm_rope", "--name", "qk_norm_rope", *SHAPES), 20, no_gpu),
+    Stage("bench-rest", _bench(*REST, "--name", "rest", *SHAPES), 40, no_gpu),
+    Stage("sweeps", _bench("--sweep", "all", "--name", "sweeps"), 40, no_gpu),
+    Stage("models", _bench("models"), 60, no_gpu),
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
+    names = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser("make gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="*", help="of " + " ".join(s.name for s in STAGES))
+    parser.add_argument("stages", nargs="*", help="of " + " ".join(names))
+    parser.add_argument("--seconds", type=float, default=590, help="for all of them; 590")
     given = parser.parse_args(arguments)
-    unknown = set(given.stages) - {stage.name for stage in STAGES}
+    unknown = set(given.stages) - set(names)
     if unknown:
-        parser.error(f"no stage {unknown.pop()!r}; there are {' '.join(s.name for s in STAGES)}")
+        parser.error(f"no stage {sorted(unknown)[0]!r}; there are {' '.join(names)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     default = ROOT / "benchmarks" / "results" / machine.folder(device)
     out = Path(os.environ.get("OUT") or default)
     out.mkdir(parents=True, exist_ok=True)
     log = out / "gpu.log"
     log.write_text("")
+    reasons = {
+        stage.name: stage.missing()
+        for stage in STAGES
+        if not given.stages or stage.name in given.stages
+    }
+    waiting = [stage for stage in STAGES if stage.name in reasons]
     summary = []
-    for stage in STAGES:
-        if given.stages and stage.name not in given.stages:
-            continue
-        reason = stage.missing()
-        line = f"skipped: {reason}" if reason else _run(stage, out, log)
+    while waiting:
+        stage, *waiting = waiting
+        reason = reasons[stage.name]
+        if reason:
+            line = f"skipped: {reason}"
+        else:
+            weights = sum(s.weight for s in waiting if not reasons[s.name])
+            left = given.seconds - (time.monotonic() - began)
+            line = _run(stage, out, log, left * stage.weight / (stage.weight + weights))
         summary.append(f"{stage.name:16} {line}")
         print(summary[-1], flush=True)
-    print(f"\n{device}: results in {out}")
-    print("\n".join(summary))
+    text = "\n".join([f"{device}: results in {out}", *summary])
+    with log.open("a") as file:
+        file.write(f"\n{text}\n")
+    print(f"\n{text}")
     return int(any("FAILED" in line for line in summary))
 
 
-def _run(stage: Stage, out: Path, log: Path) -> str:
-    command = stage.command
-    if "benchmarks.bench" in command:
-        command = (*command, "--out", str(out))
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+def _run(stage: Stage, out: Path, log: Path, limit: float) -> str:
+    filled = {
+        # the benchmarks stop by themselves before they are stopped, so that their last row is whole
+        "out": str(out), "seconds": f"{max(1.0, 0.85 * limit - 5):.0f}", "tuner": tuner() or "",
+    }  # fmt: skip
+    command: list[str] = []
+    for word in stage.command:
+        if word == "{wheels}":
+            command += map(str, sorted(WHEELS.glob("*.whl")))
+        else:
+            command.append(word.format(**filled))
+    paths = (str(ROOT), str(SITE) if SITE.is_dir() else "", os.environ.get("PYTHONPATH", ""))
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1",
+        **stage.environment,
+    }  # fmt: skip
     start = time.monotonic()
     with log.open("a") as file:
         file.write(f"\n$ {' '.join(command)}\n")
         file.flush()
         first = file.tell()
+        # a session of its own, so that what it started ends with it
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
         try:
-            code: int | str = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                timeout=stage.limit, check=False,
-            ).returncode  # fmt: skip
+            code: int | str = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            code = f"over its {stage.limit} s"
+            code = f"over its {limit:.0f} s"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     seconds = time.monotonic() - start
-    tail = log.read_text()[first:].strip().splitlines()
-    print("\n".join(f"    {line}" for line in tail[-40:]))
+    tail = log.read_bytes()[first:].decode(errors="replace").strip().splitlines()
+    print("\n".join(f"    {line}" for line in tail[-25:]))
     return f"{'ok' if code == 0 else f'FAILED ({code})'} in {seconds:.0f} s"
 
 

@@ -9,17 +9,39 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 Call = Callable[[], object]
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, a sample a pass; timed by "graph" (replays), "events" or "clock" (a CPU)."""
+
+    samples: list[float]
+    by: str
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def columns(self) -> dict[str, object]:
+        """As a row of a result file has it."""
+        quartiles = statistics.quantiles(self.samples, n=4)
+        return {
+            "ms": 1e3 * self.median, "ms_quartiles": [1e3 * q for q in quartiles], "timed_by": self.by
+        }  # fmt: skip
+
+
 def timed(
     calls: Sequence[Call], device: str, *, graph: bool = True, seconds: float = 0.3, least: int = 7
-) -> list[float]:
+) -> Timing:
     """Seconds of one call, a sample a pass over `calls` (the same call on different inputs).
 
     Args:
@@ -32,15 +54,16 @@ def timed(
     run = _pass_over(calls)
     for _ in range(2):
         run()
+    by = "clock"
     if device == "cuda":
         torch.cuda.synchronize()
-        if graph:
-            run = _captured(run) or run
+        replay = captured(run) if graph else None
+        run, by = (replay, "graph") if replay else (run, "events")
     once = _sample(run, device)
     samples = [once]
     for _ in range(max(least, min(200, int(seconds / max(once, 1e-9)))) - 1):
         samples.append(_sample(run, device))
-    return [sample / len(calls) for sample in samples]
+    return Timing([sample / len(calls) for sample in samples], by)
 
 
 def sets_for(bytes_a_set: int, device: str) -> int:
@@ -80,7 +103,8 @@ def _capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def _captured(run: Call) -> Call | None:
+def captured(run: Call) -> Call | None:
+    """Replays `run` from a CUDA graph; None where it can't be captured."""
     graph = torch.cuda.CUDAGraph()
     try:
         with on_capture_stream("cuda"):

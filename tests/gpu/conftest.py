@@ -1,4 +1,7 @@
-"""Tests that need a GPU; they import nothing but torch, triton and this package."""
+"""Tests that need a GPU; they import nothing but torch, triton and this package.
+
+Lack of a GPU is the only reason to skip one.
+"""
 
 import pytest
 import torch

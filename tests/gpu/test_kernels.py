@@ -2,92 +2,126 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.cases import cases_for
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, SWEEPS
 from dit_kernels import backends, ops, testing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {case.id: case for case in testing.cases(torch.float32)}
 KERNELS = [(name, backend) for name, case in NAMES.items() for backend in backends.TABLE[case.op]]
+# the packed batches are in the sweeps only
+FORMS = SHAPES | {f"packed-{n}": shape for n, shape in SWEEPS["packed"].points.items()}
 MODELS = [
     (shape, case.name, backend)
-    for shape in SHAPES
-    for case in cases_for(SHAPES[shape])
+    for shape in FORMS
+    for case in cases_for(FORMS[shape])
     for backend in backends.TABLE[case.op]
 ]
 
 
-def supported(function, kwargs, backend):
-    """A case that the backend says it does not serve is shown as skipped, with its reason."""
+def example(name: str, dtype: torch.dtype) -> testing.Case:
+    return next(case for case in testing.cases(dtype, "cuda") if case.id == name)
+
+
+def who_serves(case: testing.Case, backend: str) -> str:
+    """The backend; or "auto" for a call that it refuses, which another one then has to serve right."""
+    assert backends.unavailable(backend) is None, backends.unavailable(backend)
     try:
         with torch.no_grad():
-            getattr(ops, function)(**kwargs, backend=backend)
-    except backends.Unsupported as error:
-        pytest.skip(str(error))
+            getattr(ops, case.function)(**case.kwargs, backend=backend)
+    except backends.Unsupported:
+        return "auto"
+    return backend
+
+
+def replayed(run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What a CUDA graph of `run` gives when it is replayed over results that were wiped."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for value in captured.values():
+        value.detach().zero_()
+    graph.replay()
+    return captured
 
 
 @pytest.mark.parametrize(("name", "backend"), KERNELS, ids=lambda value: value)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_memcheck_examples(name, backend, dtype):
-    case = next(c for c in testing.cases(DTYPES[dtype], "cuda") if c.id == name)
-    supported(case.function, case.kwargs, backend)
-    for measured in testing.measure(case, backend=backend):
+def test_examples(name, backend, dtype):
+    case = example(name, DTYPES[dtype])
+    for measured in testing.measure(case, backend=who_serves(case, backend)):
         assert measured.ok, measured
 
 
 @pytest.mark.parametrize(("shape", "name", "backend"), MODELS, ids=lambda value: value)
 def test_models_shapes(shape, name, backend):
     """The channels, heads and windows of each model, on few tokens."""
-    case = next(c for c in cases_for(SHAPES[shape]) if c.name == name)
-    kwargs = case.arguments(SHAPES[shape].small(), torch.bfloat16, "cuda", 0)
-    supported(case.function, kwargs, backend)
-    for measured in testing.measure(
-        testing.Case(case.op, name, case.function, kwargs), backend=backend
-    ):
+    found = next(c for c in cases_for(FORMS[shape]) if c.name == name)
+    kwargs = found.arguments(FORMS[shape].small(), torch.bfloat16, "cuda", 0)
+    case = testing.Case(found.op, name, found.function, kwargs)
+    for measured in testing.measure(case, backend=who_serves(case, backend)):
         assert measured.ok, measured
 
 
 @pytest.mark.parametrize(("name", "backend"), KERNELS, ids=lambda value: value)
-def test_cuda_graph_replays(name, backend):
-    case = next(c for c in testing.cases(torch.bfloat16, "cuda") if c.id == name)
-    supported(case.function, case.kwargs, backend)
-    expected = testing.run(case.function, case.kwargs, backward=False, backend=backend).outputs
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        testing.run(case.function, case.kwargs, backward=False, backend=backend)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = testing.run(case.function, case.kwargs, backward=False, backend=backend).outputs
-    for out in captured.values():
-        out.zero_()
-    graph.replay()
-    for key, out in captured.items():
-        assert torch.equal(out, expected[key])
+def test_forward_and_backward_replay_from_a_graph(name, backend):
+    case = example(name, torch.bfloat16)
+    options: dict[str, Any] = {"backend": who_serves(case, backend)}
+    if case.op == "attention3d":
+        options["deterministic"] = True
+    leaves = {
+        n: v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for n, v in case.kwargs.items()
+    }
+    wanted = {n: v for n, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
+
+    def outputs() -> dict[str, Tensor]:
+        result = getattr(ops, case.function)(**leaves, **options)
+        result = result if isinstance(result, tuple) else (result,)
+        return {f"out{i}": out for i, out in enumerate(result) if out is not None}
+
+    cotangents = {n: torch.randn_like(out) for n, out in outputs().items()}
+
+    def run() -> dict[str, Tensor]:
+        found = outputs()
+        grads = torch.autograd.grad(
+            list(found.values()), list(wanted.values()), list(cotangents.values()),
+            allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+        return found | {f"d{n}": grad for n, grad in zip(wanted, grads, strict=True)}
+
+    expected = {n: value.detach().clone() for n, value in run().items()}
+    for key, value in replayed(run).items():
+        assert torch.equal(value, expected[key]), key
 
 
 @pytest.mark.parametrize(("name", "backend"), KERNELS, ids=lambda value: value)
 def test_gradients_are_deterministic(name, backend):
-    case = next(c for c in testing.cases(torch.bfloat16, "cuda") if c.id == name)
-    supported(case.function, case.kwargs, backend)
-    options = {"deterministic": True} if case.op == "attention3d" else {}
-    first, second = (
-        testing.run(case.function, case.kwargs, backend=backend, **options).all() for _ in range(2)
-    )
+    case = example(name, torch.bfloat16)
+    options: dict[str, Any] = {"backend": who_serves(case, backend)}
+    if case.op == "attention3d":
+        options["deterministic"] = True
+    first, second = (testing.run(case.function, case.kwargs, **options).all() for _ in range(2))
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", backends.TABLE["adaln"])
 def test_tensors_of_more_than_2_31_elements(backend):
-    if backend not in backends.TABLE["adaln"]:
-        pytest.skip(f"adaln has no {backend} kernel")
-    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
-        pytest.skip("needs 40 GB of GPU memory")
+    """Takes 10 GB of GPU memory."""
     tokens, channels = (1 << 21) + 3, 1152
     x = torch.randn(1, tokens, channels, dtype=torch.bfloat16, device="cuda")
     shift, scale = torch.randn(1, 2 * channels, device="cuda").chunk(2, dim=-1)

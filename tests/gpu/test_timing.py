@@ -11,9 +11,9 @@ def test_a_backward_is_captured():
     """Else its time would count the gaps between launches, and a forward's would not."""
     x = torch.randn(64, 256, device="cuda")
     for direction in ("forward", "backward"):
-        (once,) = bench._calls(lambda x: x.tanh() * x, [{"x": x}], direction, "cuda")
+        (once,) = bench.calls(lambda x: x.tanh() * x, [{"x": x}], direction, "cuda")
         once()
-        assert timing._captured(once) is not None, direction
+        assert timing.captured(once) is not None, direction
 
 
 def test_the_peak_is_that_of_one_call():

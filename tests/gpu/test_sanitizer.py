@@ -1,0 +1,30 @@
+"""Each kernel once, small: what compute-sanitizer watches for accesses out of bounds and for races.
+
+No oracle runs here, so that the watched program is short; `test_kernels` compares the values.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_kernels import backends, testing
+
+CASES = [
+    (case.id, backend)
+    for case in testing.cases(torch.bfloat16)
+    for backend in backends.TABLE[case.op]
+]
+
+
+@pytest.mark.parametrize(("name", "backend"), CASES, ids=lambda value: value)
+def test_runs(name, backend):
+    case = next(c for c in testing.cases(torch.bfloat16, "cuda") if c.id == name)
+    assert backends.unavailable(backend) is None, backends.unavailable(backend)
+    try:
+        found = testing.run(case.function, case.kwargs, backend=backend).all()
+    except backends.Unsupported:
+        found = testing.run(case.function, case.kwargs, backend="auto").all()
+    torch.cuda.synchronize()
+    for key, value in found.items():
+        assert value.isfinite().all(), key
