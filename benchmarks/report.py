@@ -1,30 +1,56 @@
 """From committed results to pages: nothing in them is typed.
 
-make report        docs/benchmarks.md and its plots, from benchmarks/results/<device>/*.json
+make report        docs/benchmarks.md, its plots and the README's lines on speed, from benchmarks/results/<device>/*.json
 """
 
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import Row, share
+from benchmarks.bench import Row, binding
+from benchmarks.bench_models import utilisation
+from benchmarks.cases import CASES
 from benchmarks.machine import ROOT
+from benchmarks.peers import PEERS
+from benchmarks.shapes import SHAPES, SWEEPS
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
+IMAGES = PAGE.parent / "images"
+README = ROOT / "README.md"
+MARKS = ("<!-- speed: made by `make report` -->", "<!-- end of speed -->")
 Run = dict[str, Any]
 OURS = ("triton", "cuda")  # the reference is the oracle, not a competitor
 
 INTRODUCTION = """# Benchmarks
 
-Made by `make report` from the files in [benchmarks/results](../benchmarks/results); measured by `make gpu`.
-Every row's kernel was first held against the float64 oracle. Times are medians with a cold L2 cache, over CUDA
-graph replays where the call can be captured. "Of the ceiling" is the floor (least bytes over the copy bandwidth,
-or FLOPs over the matrix product's rate, both measured in the same run) over the time.
+Made by `make report` from the files in [benchmarks/results](../benchmarks/results); no figure is typed.
+
+```sh
+make gpu                                   # on a machine with a GPU: tests, audit, all benchmarks, in ten minutes
+make gpu STAGES="build test bench-adaln"   # some stages, which then share the ten minutes
+dit-kernels bench gated_adaln --shape dit-xl-1024
+dit-kernels bench --sweep tokens attention
+dit-kernels bench models DiT-XL/2 --mode train
+dit-kernels bench --compare A.json B.json  # what moved by more than the runs' spread
+pytest benchmarks                          # the same cases under pytest-benchmark
+make peers                                 # wheels of outside kernels for a machine without a network
+```
+
+Before a kernel is timed, its outputs and gradients are held against the float64 oracle by the one accuracy
+rule: one of ours that is off is listed as failed and not timed, another's is marked `*`. Times are medians
+over CUDA graph replays with a cold L2 cache; `†` marks what could not be captured and is timed by events, gaps
+between launches included. In brackets: how many times as long as ours. A result's ceilings are of its own
+run: a large copy (bytes read and written) and a large bfloat16 matrix product on random data. "Of the
+ceiling" is the larger of the two floors, least bytes over the copy's rate and FLOPs over the product's, over
+the time. "Saved" is what the forward keeps for the backward, inputs included. Losses are shown.
 """
 
 
@@ -40,109 +66,427 @@ def read_runs(folder: Path = RESULTS) -> dict[str, list[Run]]:
 
 def page(runs: dict[str, list[Run]]) -> str:
     parts = [INTRODUCTION]
-    if not any(device != "cpu" for device in runs):
+    if not on_gpus(runs):
         parts.append("**Not measured on a GPU yet.**\n")
     for device, found in runs.items():
-        for run in found:
-            parts.append(_section(device, run))
+        parts.append(f"## {found[0]['machine']['device']}\n")
+        if device == "cpu":
+            parts.append("A CPU run shows that the suite works, and nothing about the kernels.\n")
+        parts += [f"![{title}](images/{name}.png)\n" for title, name in pictures(device, found)]
+        parts += [_section(run) for run in found]
+    parts.append(_contents(runs))
     return "\n".join(parts)
 
 
-def _section(device: str, run: Run) -> str:
+def on_gpus(runs: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    return {device: found for device, found in runs.items() if device != "cpu"}
+
+
+def _section(run: Run) -> str:
     machine, ceilings = run["machine"], run["ceilings"]
     head = ", ".join(
         f"{name} {machine[name]}"
         for name in ("driver", "cuda", "torch", "triton", "commit", "date")
         if name in machine
     )
-    measured = [row for row in run["rows"] if "ms" in row]
-    names = sorted({row["implementation"] for row in measured}, key=_order)
+    rows = run["rows"]
+    what = "models" if _models(run) else ", ".join(sorted({row["op"] for row in rows}))
     lines = [
-        f"## {machine['device']}: {', '.join(sorted({row['op'] for row in run['rows']}))}\n",
-        f"{head}. Copy {ceilings['copy_gbps']:.0f} GB/s, matrix product {ceilings['matmul_tflops']:.1f} TFLOP/s,"
+        f"### {what}\n",
+        f"{head}. Copy {ceilings['copy_gbps']:.0f} GB/s, matrix product {ceilings['matmul_tflops']:.3g} TFLOP/s,"
         f" empty launch {ceilings['launch_us']:.1f} µs.\n",
     ]
-    if device == "cpu":
-        lines.append("A CPU run shows that the suite works, and nothing about the kernels.\n")
-    lines += [
-        "| case | shape | direction | "
-        + " | ".join(f"{name}, ms" for name in names)
-        + " | ours, of the ceiling | against the best other |",
-        "|---|---|---|" + "---:|" * (len(names) + 2),
+    if _models(run):
+        lines += _models_table(run)
+    else:
+        for case in dict.fromkeys(row["case"] for row in rows):
+            lines += _case_table(case, [r for r in rows if r["case"] == case], ceilings)
+    if "host_us" in run:
+        lines += ["Microseconds of Python in a call with the Triton backend, all but the launch:\n"]
+        lines += _table(["call", "µs"], [[n, f"{us:.1f}"] for n, us in run["host_us"].items()])
+    if "unfinished" in run:
+        lines.append(f"Out of time with {run['unfinished']} measurements not begun.\n")
+    absent: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if "absent" in row:
+            absent[f"{row['implementation']}: {row['absent']}"].append(_what(row))
+    failed = [f"{r['implementation']} in {_what(r)}: {r['failed']}" for r in rows if "failed" in r]
+    entries = [f"{reason} ({', '.join(dict.fromkeys(of))})" for reason, of in absent.items()]
+    for title, found in (("Absent", entries), ("Failed", failed)):
+        if found:
+            lines += [f"{title}:\n", *(f"- {entry}" for entry in found), ""]
+    return "\n".join(lines)
+
+
+def _what(row: Row) -> str:
+    return f"{row['case']} {row['shape']}" if "case" in row else f"{row['model']} {row['mode']}"
+
+
+def _case_table(case: str, rows: list[Row], ceilings: dict[str, float]) -> list[str]:
+    """A line a shape and direction: ours, then the others with how many times as long they take."""
+    measured = [row for row in rows if "ms" in row]
+    names = sorted({row["implementation"] for row in measured}, key=_order)
+    if not names:
+        return []
+    heads = [
+        "shape",
+        "direction",
+        "rate",
+        "of the ceiling",
+        "against the best other",
+        "peak, MiB",
+        "saved, MiB",
     ]
-    table: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
-    for row in measured:
-        table[row["case"], row["shape"], row["direction"]][row["implementation"]] = row
-    for key, cells in table.items():
-        ours = min((cells[n] for n in OURS if n in cells), key=lambda r: r["ms"], default=None)
-        others = [row for name, row in cells.items() if name not in OURS]
-        best = min(others, key=lambda r: r["ms"], default=None)
-        times = (f"{cells[name]['ms']:.4f}" if name in cells else "-" for name in names)
-        part = (
-            share(ours, ceilings).split("  ")[-1].split("%")[0].split()[-1] + "%"
-            if ours
-            else "not measured"
-        )
+    body = []
+    for (shape, direction), cells in _grouped(measured, "shape", "direction").items():
+        ours, best = _ours_and_best(cells)
         ratio = f"{best['ms'] / ours['ms']:.2f}x" if ours and best else "-"
-        lines.append(f"| {' | '.join(key)} | {' | '.join(times)} | {part} | {ratio} |")
-    absent = sorted({f"{r['implementation']}: {r['absent']}" for r in run["rows"] if "absent" in r})
-    failed = [
-        f"{r['implementation']} in {r['case']} {r['shape']}: {r['failed']}"
-        for r in run["rows"]
-        if "failed" in r
-    ]
-    for title, entries in (("Absent", absent), ("Failed", failed)):
-        if entries:
-            lines += ["", f"{title}:", "", *(f"- {entry}" for entry in entries)]
-    return "\n".join(lines) + "\n"
+        own = ["not measured", "not measured", ratio, "-", "-"]
+        if ours:
+            rate, percent = binding(ours, ceilings)
+            own = [
+                rate,
+                f"{percent:.1f}%",
+                ratio,
+                _mebi(ours["peak_bytes"]),
+                _mebi(ours["saved_bytes"]),
+            ]
+        times = [_cell(cells.get(name), ours) for name in names]
+        body.append([shape, direction, *own, *times])
+    saved = []
+    for (shape,), cells in _grouped(
+        [r for r in measured if r["direction"] == "backward"], "shape"
+    ).items():
+        found = {name: _mebi(row["saved_bytes"]) for name, row in cells.items()}
+        saved.append(f"{shape}: " + ", ".join(f"{name} {mib}" for name, mib in found.items()))
+    text = [f"**{case}**\n", *_table([*heads, *(f"{name}, ms" for name in names)], body)]
+    if saved:
+        text.append("Saved for the backward, MiB. " + "; ".join(saved) + ".\n")
+    return text
+
+
+def _grouped(rows: list[Row], *keys: str) -> dict[tuple[str, ...], dict[str, Row]]:
+    found: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda row: row.get("x", 0)):
+        found[tuple(row[key] for key in keys)][row["implementation"]] = row
+    return dict(found)
+
+
+def _ours_and_best(cells: dict[str, Row]) -> tuple[Row | None, Row | None]:
+    """The faster of our kernels, and the fastest other implementation that computes the same."""
+    ours = min((cells[n] for n in OURS if n in cells), key=lambda r: r["ms"], default=None)
+    others = (row for n, row in cells.items() if n not in (*OURS, "reference") and row["accurate"])
+    return ours, min(others, key=lambda r: r["ms"], default=None)
+
+
+def _cell(row: Row | None, ours: Row | None) -> str:
+    if row is None:
+        return "-"
+    marks = ("" if row["accurate"] else "*") + ("†" if row["timed_by"] == "events" else "")
+    beside = f" ({row['ms'] / ours['ms']:.2f}x)" if ours and row is not ours else ""
+    return f"{row['ms']:.4f}{marks}{beside}"
+
+
+def _mebi(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:.1f}"
+
+
+def _models(run: Run) -> bool:
+    return any("model" in row for row in run["rows"])
+
+
+def _models_table(run: Run) -> list[str]:
+    heads = ["model", "what", "implementation", "batch", "ms", "a second", "against eager",
+             "FLOP utilisation", "peak, GiB"]  # fmt: skip
+    body = []
+    measured = [row for row in run["rows"] if "ms" in row]
+    for (model, mode, measure), cells in _grouped(measured, "model", "mode", "measure").items():
+        for name, row in cells.items():
+            ratio = "-"
+            if "eager" in cells:
+                ratio = f"{row['per_second'] / cells['eager']['per_second']:.2f}x"
+            marks = "*" if row["accurate"] is False else ""
+            peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
+            body.append([
+                model, f"{mode}, {measure}", name, str(row["batch"]), f"{row['ms']:.2f}{marks}",
+                f"{row['per_second']:.2f}", ratio, f"{utilisation(row, run['ceilings']):.1f}%", peak,
+            ])  # fmt: skip
+    note = (
+        "Latency at batch 1; throughput at the batch that fills the machine, from which doubling it gains less"
+        " than 3% or does not fit. Only `ours-compile-graph` is replayed from a CUDA graph. Utilisation is of the"
+        " FLOPs of the model's matrix products against the ceiling. A generation is of latents.\n"
+    )
+    return [note, *_table(heads, body)]
+
+
+def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    rule = "|" + "|".join("---" if i < 2 else "---:" for i in range(len(heads))) + "|"
+    return [f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(line)} |" for line in body), ""]
 
 
 def _order(name: str) -> tuple[int, str]:
-    return (OURS.index(name) if name in OURS else len(OURS), name)
+    first = (*OURS, "reference", "eager", "compile", "compile-max")
+    return (first.index(name) if name in first else len(first), name)
 
 
-def roofline(runs: list[Run], path: Path) -> None:
-    """Achieved FLOP/s over intensity, log-log, a point a kernel of ours, under this machine's two ceilings."""
+def _contents(runs: dict[str, list[Run]]) -> str:
+    """What there is to measure: cases, shapes, sweeps and outside kernels."""
+    seen = {
+        row["case"]
+        for found in on_gpus(runs).values()
+        for run in found
+        for row in run["rows"]
+        if row["implementation"] in OURS and "ms" in row
+    } if on_gpus(runs) else set()  # fmt: skip
+    lines = ["## What is measured\n"]
+    body = []
+    for case in CASES:
+        outside = [peer.package for peer in PEERS if case.name in peer.adapters]
+        state = "measured" if case.name in seen else "not measured"
+        body.append([f"`{case.name}`", f"`ops.{case.function}`", ", ".join(outside) or "-", state])
+    lines += _table(["case", "function", "outside kernels", "on a GPU"], body)
+    lines.append(
+        "Every case also has eager PyTorch and torch.compile (default and max-autotune); attention torch's own"
+        " kernels by name (cuDNN, flash, FlexAttention with the same window, packed).\n"
+    )
+    heads = ["shape", "batch", "grid", "text tokens", "channels", "heads x head dim", "window"]
+    lines += _table(heads, [
+        [name, str(s.batch), " x ".join(map(str, s.grid)), str(s.text), str(s.channels),
+         f"{s.heads} x {s.head_dim}", " x ".join(map(str, s.window)) if s.window else "-"]
+        for name, s in SHAPES.items()
+    ])  # fmt: skip
+    heads = ["sweep", "over", "from", "to", "cases"]
+    lines += _table(heads, [
+        [name, sweep.axis, f"{min(sweep.points):g}", f"{max(sweep.points):g}", ", ".join(sweep.cases)]
+        for name, sweep in SWEEPS.items()
+    ])  # fmt: skip
+    return "\n".join(lines)
+
+
+def pictures(device: str, runs: list[Run]) -> Iterator[tuple[str, str]]:
+    """(title, name) of the plots that these runs give; none of a CPU's."""
+    if device == "cpu":
+        return
+    for title, name, rows, _ in _plots(device, runs):
+        if rows:
+            yield title, name
+
+
+def _plots(
+    device: str, runs: list[Run]
+) -> Iterator[tuple[str, str, list[Any], Callable[[Any, list[Any]], None]]]:
+    """(title, file name, what is drawn, how)"""
+    of_ops = [run for run in runs if not _models(run)]
+    rows = [(row, run["ceilings"]) for run in of_ops for row in run["rows"] if "ms" in row]
+    ours = [(row, ceilings) for row, ceilings in rows if row["implementation"] in OURS]
+    shaped = [row for row, _ in rows if "sweep" not in row]
+    yield (
+        "How many times as long the others take", f"speedup-{device}", _speedups(shaped), _draw_summary,
+    )  # fmt: skip
+    yield "Roofline", f"roofline-{device}", ours, _draw_roofline
+    for op in dict.fromkeys(row["op"] for row in shaped):
+        of_op = [bar for bar in _speedups(shaped) if bar["op"] == op]
+        yield f"{op}, by shape", f"speedup-{device}-{op}", of_op, _draw_bars
+    for sweep in SWEEPS:
+        swept = [pair for pair in rows if pair[0].get("sweep") == sweep]
+        yield (
+            f"Scaling with {SWEEPS[sweep].axis}",
+            f"scaling-{device}-{sweep}",
+            swept,
+            _draw_scaling,
+        )
+    whole = [row for run in runs if _models(run) for row in run["rows"] if "ms" in row]
+    yield "Whole models", f"models-{device}", whole, _draw_models
+
+
+def draw(device: str, runs: list[Run], folder: Path = IMAGES) -> list[str]:
+    """Write the plots, PNG and SVG, the same bytes again from the same results; their names."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "dit-kernels"
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5))
-    copy = runs[0]["ceilings"]["copy_gbps"] * 1e9
-    product = runs[0]["ceilings"]["matmul_tflops"] * 1e12
-    reach = [2.0**i for i in range(-4, 15)]
+    drawn = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for title, name, rows, how in _plots(device, runs):
+        if not rows:
+            continue
+        figure = plt.figure(figsize=(8, 5), layout="constrained")
+        figure.suptitle(f"{title}: {runs[0]['machine']['device']}", fontsize=11)
+        how(figure, rows)
+        figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        plt.close(figure)
+        drawn.append(name)
+    return drawn
+
+
+def _speedups(rows: list[Row]) -> list[Row]:
+    """For each case, shape and direction: how many times as long as ours eager, compile and the best other take."""
+    found = []
+    for (op, case, shape, direction), cells in _grouped(
+        rows, "op", "case", "shape", "direction"
+    ).items():
+        ours, best = _ours_and_best(cells)
+        if not ours or not best:
+            continue
+        bar = {"op": op, "case": case, "shape": shape, "direction": direction}
+        others = {"eager": cells.get("eager"), "compile": cells.get("compile"), "best other": best}
+        bar["ratios"] = {n: row["ms"] / ours["ms"] for n, row in others.items() if row}
+        found.append(bar)
+    return found
+
+
+COLOURS = {"eager": "#9db4c8", "compile": "#4f7cac", "best other": "#c0504d"}
+
+
+def _draw_bars(figure: Any, bars: list[Row], label: str = "shape") -> None:
+    axes = figure.subplots()
+    figure.set_size_inches(8, 1.5 + 0.42 * len(bars))
+    names = list(COLOURS)
+    for i, bar in enumerate(bars):
+        for j, name in enumerate(names):
+            if name in bar["ratios"]:
+                axes.barh(i + 0.27 * (j - 1), bar["ratios"][name], 0.25, color=COLOURS[name])
+    axes.set_yticks(range(len(bars)))
+    axes.set_yticklabels(
+        [f"{bar['case']} {bar[label]} {bar['direction']}".replace("  ", " ") for bar in bars],
+        fontsize=8,
+    )
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("times as long as ours; left of the line ours is slower")
+    handles = [axes.barh(0, 0, color=colour) for colour in COLOURS.values()]
+    axes.legend(handles, names, fontsize=8)
+
+
+def _draw_summary(figure: Any, bars: list[Row]) -> None:
+    """A bar a case and direction: the geometric mean over the shapes."""
+    means = []
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for bar in bars:
+        groups[bar["case"], bar["direction"]].append(bar)
+    for (case, direction), group in groups.items():
+        if direction == "both":
+            continue
+        ratios = {
+            name: math.exp(
+                statistics.fmean(math.log(b["ratios"][name]) for b in group if name in b["ratios"])
+            )
+            for name in COLOURS
+            if any(name in b["ratios"] for b in group)
+        }
+        means.append({"case": case, "shape": "", "direction": direction, "ratios": ratios})
+    _draw_bars(figure, means)
+
+
+def _draw_roofline(figure: Any, pairs: list[tuple[Row, dict[str, float]]]) -> None:
+    """Achieved rate over intensity, log-log, a point a kernel of ours, under the machine's two ceilings."""
+    axes = figure.subplots()
+    copy = statistics.median(ceilings["copy_gbps"] for _, ceilings in pairs) * 1e9
+    product = statistics.median(ceilings["matmul_tflops"] for _, ceilings in pairs) * 1e12
+    reach = [2.0**i for i in range(-2, 16)]
     axes.loglog(reach, [min(product, copy * i) / 1e12 for i in reach], color="black", linewidth=1)
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for run in runs:
-        for row in run["rows"]:
-            if "ms" in row and row["implementation"] in OURS:
-                # a kernel without matrix products counts one operation a byte: its height is its bandwidth
-                work = row["flops"] or row["bytes"]
-                points[row["op"]].append((work / row["bytes"], work / row["ms"] / 1e9))
+    for row, _ in pairs:
+        # a kernel without matrix products counts one operation a byte: its height is its bandwidth
+        work = row["flops"] or row["bytes"]
+        points[row["op"]].append((work / row["bytes"], work / row["ms"] / 1e9))
     for op, found in sorted(points.items()):
         axes.scatter(*zip(*found, strict=True), s=18, label=op)
     axes.set_xlabel("operations per byte")
     axes.set_ylabel("10^12 operations per second")
-    axes.set_title(runs[0]["machine"]["device"])
     axes.legend(fontsize=8)
-    figure.tight_layout()
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=120)
-    plt.close(figure)
+
+
+def _draw_scaling(figure: Any, pairs: list[tuple[Row, dict[str, float]]]) -> None:
+    """Share of the ceiling over the size that is varied: a panel a case, a line an implementation."""
+    cases = list(dict.fromkeys(row["case"] for row, _ in pairs))
+    figure.set_size_inches(8, 3.2 * ((len(cases) + 1) // 2))
+    panels = figure.subplots((len(cases) + 1) // 2, min(2, len(cases)), squeeze=False).flat
+    names = sorted({row["implementation"] for row, _ in pairs}, key=_order)
+    for panel, case in zip(panels, cases, strict=False):
+        for i, name in enumerate(names):
+            for direction, style in (("forward", "-"), ("backward", "--")):
+                line = sorted(
+                    (row["x"], binding(row, ceilings)[1])
+                    for row, ceilings in pairs
+                    if (row["case"], row["implementation"], row["direction"])
+                    == (case, name, direction)
+                )
+                if line:
+                    label = name if style == "-" else None
+                    panel.plot(
+                        *zip(*line, strict=True), style, marker=".", color=f"C{i}", label=label
+                    )
+        panel.set_title(f"{case} (backward dashed)", fontsize=9)
+        panel.set_xscale("log", base=2)
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel(SWEEPS[pairs[0][0]["sweep"]].axis, fontsize=8)
+        panel.set_ylabel("% of the ceiling", fontsize=8)
+        panel.legend(fontsize=7)
+    for panel in panels:
+        panel.set_visible(False)
+
+
+def _draw_models(figure: Any, rows: list[Row]) -> None:
+    """Samples a second, relative to eager."""
+    groups = _grouped(rows, "model", "mode", "measure")
+    groups = {key: cells for key, cells in groups.items() if "eager" in cells}
+    names = sorted({name for cells in groups.values() for name in cells}, key=_order)
+    axes = figure.subplots()
+    figure.set_size_inches(8, 1.5 + 0.6 * len(groups))
+    height = 0.8 / max(1, len(names))
+    for j, name in enumerate(names):
+        found = [
+            (i, cells[name]["per_second"] / cells["eager"]["per_second"])
+            for i, cells in enumerate(groups.values())
+            if name in cells
+        ]
+        axes.barh(
+            [i + height * j for i, _ in found], [ratio for _, ratio in found], height, label=name
+        )
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(groups))])
+    axes.set_yticklabels([" ".join(key) for key in groups], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("samples a second, relative to eager")
+    axes.legend(fontsize=8)
+
+
+def readme_lines(runs: dict[str, list[Run]]) -> str:
+    """What the README says of speed: a picture of the committed results, or that there are none."""
+    pictured = [
+        f"![{title} on {found[0]['machine']['device']}](docs/images/{name}.png)"
+        for device, found in on_gpus(runs).items()
+        for title, name in list(pictures(device, found))[:1]
+    ]
+    if not pictured:
+        return (
+            "**No speed has been measured on a GPU yet**, so this page claims none; `make gpu` measures it, and"
+            " [docs/benchmarks.md](docs/benchmarks.md) is made from the results."
+        )
+    more = "All results, losses included, are in [docs/benchmarks.md](docs/benchmarks.md)."
+    return "\n\n".join([*pictured, more])
+
+
+def with_readme_lines(readme: str, lines: str) -> str:
+    """The README with these lines between its two marks."""
+    begin, end = (readme.index(mark) for mark in MARKS)
+    return f"{readme[: begin + len(MARKS[0])]}\n{lines}\n{readme[end:]}"
 
 
 def main() -> int:
     runs = read_runs()
     PAGE.parent.mkdir(exist_ok=True)
-    text = page(runs)
-    for device, found in runs.items():
-        if device != "cpu":
-            image = PAGE.parent / "images" / f"roofline-{device}"
-            roofline(found, image)
-            text += f"\n![Roofline, {device}](images/{image.name}.png)\n"
-    PAGE.write_text(text)
-    print(f"{sum(map(len, runs.values()))} runs -> {PAGE.relative_to(ROOT)}")
+    for device, found in on_gpus(runs).items():
+        draw(device, found)
+    PAGE.write_text(page(runs))
+    README.write_text(with_readme_lines(README.read_text(), readme_lines(runs)))
+    print(f"{sum(map(len, runs.values()))} runs -> {PAGE.relative_to(ROOT)}, {README.name}")
     return 0
 
 

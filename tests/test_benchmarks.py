@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,9 @@ import pytest
 import torch
 
 from benchmarks import bench, gpu, machine, report
-from benchmarks.baselines import baselines
+from benchmarks.baselines import Baseline, baselines
 from benchmarks.cases import CASES, cases_for
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, SWEEPS
 from benchmarks.timing import timed
 from dit_kernels import backends, testing
 
@@ -26,13 +28,19 @@ def test_every_op_has_a_case():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_case_fits_its_shape(shape):
-    """The arguments are accepted, and so are those of the small form that accuracy is asserted on."""
     for case in cases_for(SHAPES[shape]):
         costs = case.cost(SHAPES[shape], torch.bfloat16)
         assert costs["forward"][1] > 0
         assert costs["backward"][1] > 0
-        small = case.arguments(SHAPES[shape].small(), torch.bfloat16, "cpu", 0)
-        testing.run(case.function, small, backward=False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_small_form_of_a_case_runs(case):
+    """What accuracy is asserted on."""
+    shapes = [SHAPES["wan-1.3b-480p"], SHAPES["dit-s-256"], SWEEPS["packed"].points[8]]
+    shape = next(shape for shape in shapes if case in cases_for(shape))
+    small = case.arguments(shape.small(), torch.bfloat16, "cpu", 0)
+    assert all(out.isfinite().all() for out in testing.run(case.function, small).all().values())
 
 
 def test_costs_are_those_of_the_floors():
@@ -54,19 +62,96 @@ def test_costs_are_those_of_the_floors():
     )
 
 
+def test_sweeps_span_what_they_promise():
+    sizes = {name: sorted(sweep.points) for name, sweep in SWEEPS.items()}
+    assert (sizes["tokens"][0], sizes["tokens"][-1]) == (256, 131072)
+    assert (sizes["channels"][0], sizes["channels"][-1]) == (384, 8192)
+    assert all(shape.tokens == n for n, shape in SWEEPS["tokens"].points.items())
+    assert all(shape.channels == c for c, shape in SWEEPS["channels"].points.items())
+    for share, shape in SWEEPS["window"].points.items():
+        assert math.prod(shape.window) / shape.patches == share
+    packed = SWEEPS["packed"].points
+    assert {shape.tokens for shape in packed.values()} == {
+        16384
+    }  # one size of batch, cut differently
+    assert all(len(shape.lengths) == n for n, shape in packed.items())
+    for sweep in SWEEPS.values():
+        for shape in sweep.points.values():
+            assert {case.name for case in cases_for(shape)} >= set(sweep.cases)
+
+
+def test_a_packed_batch_costs_what_its_sequences_cost():
+    shape = SWEEPS["packed"].points[8]
+    (case,) = cases_for(shape, ("attention-packed",))
+    pairs = sum(length**2 for length in shape.lengths) * shape.channels
+    assert case.cost(shape, torch.bfloat16)["forward"][0] == 4 * pairs
+
+
+def only(monkeypatch, *names: str) -> None:
+    """Runs of these implementations only."""
+    found = {baseline.name: baseline for baseline in baselines("cpu")}
+    monkeypatch.setattr(bench, "baselines", lambda device: [found[name] for name in names])
+
+
+def rows_of(cases: list[str], shape: str, dtype: torch.dtype, **options) -> list[bench.Row]:
+    return list(bench.run("cpu", bench.points(cases, [shape], [], "cpu"), dtype, **options))
+
+
 def test_a_run_writes_what_it_measured(tmp_path, capsys):
     code = bench.main(
-        ["adaln", "--shape", "tiny-image", "--dtype", "float32", "--out", str(tmp_path)]
+        ["gelu", "--shape", "tiny-image", "--dtype", "float32", "--out", str(tmp_path)]
     )
     result = json.loads((tmp_path / "ops.json").read_text())
-    assert code == 0, capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert code == 0, printed
     assert {"date", "commit", "device", "torch", "triton"} <= set(result["machine"])
     assert all(value > 0 for value in result["ceilings"].values())
     measured = [row for row in result["rows"] if "ms" in row]
-    assert {"eager", "compile"} <= {row["implementation"] for row in measured}
-    assert {row["direction"] for row in measured} == {"forward", "backward"}
+    assert {"eager", "compile", "reference"} <= {row["implementation"] for row in measured}
+    assert {row["direction"] for row in measured} == {"forward", "backward", "both"}
     assert all(row["ms"] > 0 and row["accurate"] for row in measured)
+    assert {row["timed_by"] for row in measured} == {"clock"}
     assert all("absent" in row for row in result["rows"] if row not in measured)
+    # the forward of a gelu without a bias reads x and writes y; it keeps x
+    ours = {row["direction"]: row for row in measured if row["implementation"] == "reference"}
+    assert 2 * ours["both"]["saved_bytes"] == ours["forward"]["bytes"]
+    assert ours["forward"]["saved_bytes"] is None
+    assert min(result["host_us"].values()) > 0
+    assert set(result["host_us"]) >= {"adaln", "attention", "patch_embed"}
+
+
+def test_a_run_out_of_time_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    only(monkeypatch, "eager")
+    monkeypatch.setattr(
+        machine, "ceilings", lambda device: {"copy_gbps": 1.0, "matmul_tflops": 1.0}
+    )
+    code = bench.main(["gelu", "swiglu", "--seconds", "0", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "ops.json").read_text())
+    assert code == 0
+    assert (result["rows"], result["unfinished"]) == ([], 4)
+    assert "out of time: 4 not begun" in capsys.readouterr().out
+
+
+def test_sweeps_stay_small_on_a_cpu():
+    wanted = bench.points([], [], list(SWEEPS), "cpu")
+    assert max(point.shape.batch * point.shape.tokens for point in wanted) == bench.CPU_TOKENS
+    assert {point.tags["sweep"] for point in wanted} == {"tokens", "batch"}
+    assert {point.case.name for point in wanted if point.tags["sweep"] == "tokens"} == {
+        "adaln", "gated_adaln", "qk_norm_rope", "attention"
+    }  # fmt: skip
+
+
+def test_what_takes_long_to_prepare_comes_last(monkeypatch):
+    def made(name: str, last: bool) -> Baseline:
+        return Baseline(
+            name, lambda case: True, lambda *_: "absent here", lambda *_: None, last=last
+        )
+
+    monkeypatch.setattr(
+        bench, "baselines", lambda device: [made("slow", True), made("quick", False)]
+    )
+    rows = rows_of(["gelu", "swiglu"], "tiny-image", torch.float32)
+    assert [row["implementation"] for row in rows] == ["quick", "quick", "slow", "slow"]
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
@@ -79,9 +164,23 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         return [y if x.dtype == torch.float64 else y + 1]
 
     monkeypatch.setattr(reference, "forward", wrong)
-    rows = list(bench.run("cpu", ["gelu"], ["tiny-image"], torch.bfloat16))
-    (failed,) = (row for row in rows if row["implementation"] == "reference")
+    only(monkeypatch, "reference")
+    (failed,) = rows_of(["gelu"], "tiny-image", torch.bfloat16)
     assert "out0 is off by" in failed["failed"]
+    assert "ms" not in failed
+
+
+def test_a_wrong_other_is_timed_and_marked(monkeypatch):
+    def call(case, arguments):
+        return lambda x: torch.nn.functional.gelu(x, approximate="tanh") + 1
+
+    wrong = Baseline(
+        "other", lambda case: True, lambda *_: None, call, has_backward=lambda case: False
+    )
+    monkeypatch.setattr(bench, "baselines", lambda device: [wrong])
+    (row,) = rows_of(["gelu"], "tiny-image", torch.float32)
+    assert (row["direction"], row["accurate"], row["saved_bytes"]) == ("forward", False, None)
+    assert "INACCURATE" in bench.describe(row, {"copy_gbps": 1.0, "matmul_tflops": 1.0})
 
 
 class TritonError(Exception):
@@ -94,31 +193,34 @@ class TritonError(Exception):
 def test_a_kernel_that_fails_to_build_does_not_stop_the_run(monkeypatch, error):
     from dit_kernels.ops.feed_forward import reference
 
-    def broken(*args):
+    right = reference.forward
+
+    def broken(x, *args):
+        if x.dtype == torch.float64:  # the oracle
+            return right(x, *args)
         raise error
 
     monkeypatch.setattr(reference, "forward", broken)
-    rows = list(bench.run("cpu", ["gelu"], ["tiny-image"], torch.float32))
-    (failed,) = (row for row in rows if row["implementation"] == "reference")
+    only(monkeypatch, "reference", "eager")
+    failed, *others = rows_of(["gelu"], "tiny-image", torch.float32)
     message = "out of resource: shared memory" if error.args else "no message"
     assert failed["failed"] == f"TritonError: {message}"
-    assert {row["implementation"] for row in rows} >= {"reference", "eager", "compile"}
+    assert {row["implementation"] for row in others if "ms" in row} == {"eager"}
 
 
 def test_compare_shows_what_moved_by_more_than_the_spread(tmp_path):
     key = {
-        "case": "adaln",
-        "shape": "s",
-        "implementation": "triton",
-        "direction": "forward",
-        "dtype": "bfloat16",
-    }
-    for name, ms in (("a", 1.0), ("b", 1.5), ("c", 1.01)):
-        row = {**key, "ms": ms, "ms_quartiles": [ms - 0.01, ms, ms + 0.01]}
-        (tmp_path / name).write_text(json.dumps({"rows": [row, {**key, "absent": "no"}]}))
-    (line,) = bench.compare(tmp_path / "a", tmp_path / "b")
-    assert line.startswith(" +50.0%  1.0000 -> 1.5000 ms  adaln s triton")
-    assert bench.compare(tmp_path / "a", tmp_path / "c") == []
+        "case": "adaln", "shape": "s", "implementation": "triton", "direction": "forward", "dtype": "bfloat16"
+    }  # fmt: skip
+    model = {"model": "DiT", "mode": "train", "batch": 8, "implementation": "ours"}
+    for name, ms, device in (("a", 1.0, "H100"), ("b", 1.5, "H100"), ("c", 1.01, "H200")):
+        rows = [{**k, "ms": ms, "ms_quartiles": [ms - 0.01, ms, ms + 0.01]} for k in (key, model)]
+        text = json.dumps({"machine": {"device": device}, "rows": [*rows, {**key, "absent": "no"}]})
+        (tmp_path / name).write_text(text)
+    ops, models = bench.compare(tmp_path / "a", tmp_path / "b")
+    assert ops == " +50.0%  1.0000 -> 1.5000 ms  DiT train 8 ours"
+    assert models == " +50.0%  1.0000 -> 1.5000 ms  adaln s triton forward bfloat16"
+    assert bench.compare(tmp_path / "a", tmp_path / "c") == ["device: H100 -> H200"]
 
 
 def test_wrong_words_are_one_line_and_exit_code_2(tmp_path, capsys):
@@ -126,6 +228,10 @@ def test_wrong_words_are_one_line_and_exit_code_2(tmp_path, capsys):
     assert "no case 'adalm'; there are adaln," in capsys.readouterr().err
     assert bench.main(["--compare", str(tmp_path / "x"), str(tmp_path / "y")]) == 2
     assert "no such file" in capsys.readouterr().err
+    assert bench.main(["attention-window", "--shape", "dit-xl-256"]) == 2
+    assert "none of these cases has one of these shapes" in capsys.readouterr().err
+    assert bench.main(["models", "DiT-XXL"]) == 2
+    assert "no model 'DiT-XXL'; there are" in capsys.readouterr().err
 
 
 def test_absent_baselines_have_a_reason():
@@ -140,45 +246,83 @@ def test_absent_baselines_have_a_reason():
 
 def test_timing_counts_one_call():
     calls = []
-    samples = timed([lambda: calls.append(1)] * 3, "cpu", seconds=0.0, least=4)
-    assert len(samples) == 4
+    timing = timed([lambda: calls.append(1)] * 3, "cpu", seconds=0.0, least=4)
+    assert len(timing.samples) == 4
+    assert timing.columns["timed_by"] == "clock"
+    assert timing.columns["ms"] == 1e3 * timing.median
     assert len(calls) == 3 * (2 + 4)
 
 
-def test_gpu_stages_are_skipped_by_name_without_a_gpu(tmp_path):
+def test_make_gpu_runs_dry_without_a_gpu(tmp_path):
+    """Every stage that needs a GPU is skipped by its name, with the reason; what needs none would run."""
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "test", "bench-adaln"],
-        cwd=ROOT, env={"OUT": str(tmp_path), "PATH": "", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=True,
+        ["make", "-s", "gpu", f"PYTHON={sys.executable}"],
+        cwd=ROOT, env={"OUT": str(tmp_path), "PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert "test             skipped: there is no GPU" in run.stdout
-    assert "bench-adaln      skipped: there is no GPU" in run.stdout
-    assert "bench-rest" not in run.stdout
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "tune"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 2
-    assert "no stage 'tune'" in run.stderr
+    lines = dict(
+        line.split(maxsplit=1) for line in run.stdout.split("results in")[1].splitlines()[1:]
+    )
+    assert list(lines) == [stage.name for stage in gpu.STAGES]
+    for name, line in lines.items():
+        if name not in ("peers", "build"):
+            assert line == "skipped: there is no GPU"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.log"]
+
+
+def test_stages_are_picked_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main(["test", "bench-adaln"]) == 0
+    printed = capsys.readouterr().out
+    assert "test             skipped: there is no GPU" in printed
+    assert "bench-rest" not in printed
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["tuna"])
+    assert stopped.value.code == 2
+    assert (
+        "no stage 'tuna'; there are peers build test memcheck racecheck" in capsys.readouterr().err
+    )
+
+
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code)
 
 
 def test_a_stage_has_a_time_limit_and_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
+    """Also what a stage started ends with it, and time that is left over goes to the later stages."""
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     stages = (
-        gpu.Stage("slow", (sys.executable, "-c", "import time; time.sleep(60)"), 1),
-        gpu.Stage("broken", (sys.executable, "-c", "raise SystemExit(3)"), 20),
-        gpu.Stage("fine", (sys.executable, "-c", "print('all is well')"), 20),
+        gpu.Stage("slow", python(child), 1),
+        gpu.Stage("absent", python(""), 1000, lambda: "not here"),
+        gpu.Stage("broken", python("raise SystemExit(3)"), 5),
+        gpu.Stage("fine", python("print('all is well', {seconds})"), 5),
     )
     monkeypatch.setattr(gpu, "STAGES", stages)
     monkeypatch.setenv("OUT", str(tmp_path))
-    assert gpu.main([]) == 1
+    assert gpu.main(["--seconds", "33"]) == 1
     printed = capsys.readouterr().out
-    assert "slow             FAILED (over its 1 s)" in printed
+    assert "slow             FAILED (over its 3 s) in 3 s" in printed
+    assert "absent           skipped: not here" in printed
     assert "broken           FAILED (3)" in printed
     assert "fine             ok in" in printed
-    assert "all is well" in (tmp_path / "gpu.log").read_text()
+    log = (tmp_path / "gpu.log").read_text()
+    assert int(log.split("all is well ")[-1].split()[0]) > 15  # of 33 s
+    assert log.rstrip().splitlines()[-1].startswith("fine             ok in")
+    asleep = subprocess.run(["pgrep", "-f", "time.sleep(600)"], capture_output=True, text=True)
+    assert not asleep.stdout
 
 
-def test_stages_fit_in_ten_minutes():
-    assert sum(stage.limit for stage in gpu.STAGES) <= 590
+def test_stages_write_eight_files_at_most():
+    """The log, one JSON a benchmark, and what the tuning writes."""
+    writers = [stage for stage in gpu.STAGES if any("{out}" in word for word in stage.command)]
+    assert 1 + len(writers) <= 8
+
+
+def test_a_sanitizer_that_finds_something_fails_its_stage():
+    for stage in gpu.STAGES:
+        if stage.name in ("memcheck", "racecheck"):
+            assert stage.command[1:5] == ("--tool", stage.name, "--error-exitcode", "86")
+            assert (ROOT / stage.command[-1]).is_file()
 
 
 @pytest.mark.parametrize(
@@ -190,35 +334,127 @@ def test_results_folder_is_named_after_the_card(monkeypatch, name, folder):
     assert machine.folder("cuda") == folder
 
 
-def test_the_committed_page_is_what_the_committed_results_give():
-    assert report.PAGE.read_text().startswith(report.page(report.read_runs()))
+def test_the_committed_pages_are_what_the_committed_results_give():
+    runs = report.read_runs()
+    assert report.PAGE.read_text() == report.page(runs)
+    readme = report.README.read_text()
+    assert report.with_readme_lines(readme, report.readme_lines(runs)) == readme
+    for device, found in runs.items():
+        for _, name in report.pictures(device, found):
+            for suffix in (".png", ".svg"):
+                assert (report.IMAGES / f"{name}{suffix}").is_file()
 
 
-def test_the_report_shows_losses_and_what_was_not_measured(tmp_path):
-    key = {
-        "op": "adaln",
-        "case": "adaln",
-        "shape": "s",
-        "dtype": "bfloat16",
-        "flops": 0,
-        "bytes": 10**9,
-    }
-    rate = {"gbps": 1000.0, "tflops": 0.0}
-    rows = [
-        {**key, **rate, "implementation": name, "direction": "forward", "ms": ms}
-        for name, ms in (("triton", 1.0), ("compile", 0.5))
-    ]
-    rows += [{**key, **rate, "implementation": "eager", "direction": "backward", "ms": 3.0}]
-    rows += [{**key, "implementation": "cuda", "absent": "not built"}]
+MACHINE = {"device": "NVIDIA H200", "commit": "abc"}
+CEILINGS = {"copy_gbps": 4000.0, "matmul_tflops": 800.0, "launch_us": 2.0}
+
+
+def op_run() -> report.Run:
+    """adaln at one shape and in a sweep: triton loses forward, wins backward, and some are not there."""
+    key = {"op": "adaln", "case": "adaln", "shape": "s", "dtype": "bfloat16"}
+    rows = []
+    for tags in (
+        {},
+        {"shape": "tokens 256", "sweep": "tokens", "x": 256},
+        {"shape": "tokens 512", "sweep": "tokens", "x": 512},
+    ):
+        for name, forward, backward in (
+            ("triton", 1.0, 2.0),
+            ("compile", 0.5, 3.0),
+            ("eager", 4.0, 5.0),
+        ):
+            for direction, ms in (("forward", forward), ("backward", backward)):
+                rows.append({
+                    **key, **tags, "implementation": name, "direction": direction, "ms": ms,
+                    "accurate": True, "timed_by": "events" if name == "eager" else "graph", "flops": 0,
+                    "bytes": 10**9, "gbps": 1e3 / ms, "tflops": 0.0, "peak_bytes": 3 << 20,
+                    "saved_bytes": None if direction == "forward" else 2 << 20,
+                })  # fmt: skip
+    sage = {**rows[0], "implementation": "sage", "accurate": False, "ms": 0.1}
+    rows += [sage, {**key, "implementation": "cuda", "absent": "not built"}]
     rows += [{**key, "implementation": "flex", "failed": "RuntimeError: no"}]
-    ceilings = {"copy_gbps": 4000.0, "matmul_tflops": 800.0, "launch_us": 2.0}
-    run = {"machine": {"device": "NVIDIA H200"}, "ceilings": ceilings, "rows": rows}
-    text = report.page({"h200": [run]})
-    assert "| adaln | s | forward | 1.0000 | 0.5000 | - | 25.0% | 0.50x |" in text
-    assert "| adaln | s | backward | - | - | 3.0000 | not measured | - |" in text
-    assert "- cuda: not built" in text
+    return {"machine": MACHINE, "ceilings": CEILINGS, "rows": rows, "unfinished": 3}
+
+
+def model_run() -> report.Run:
+    key = {"model": "DiT-XL/2", "mode": "train", "measure": "throughput", "accurate": True}
+    rows = [
+        {**key, "implementation": name, "batch": 64, "ms": ms, "per_second": 64e3 / ms, "tflops": 80.0,
+         "peak_bytes": 3 << 30, "timed_by": "events"}
+        for name, ms in (("eager", 200.0), ("ours-compile-graph", 100.0))
+    ]  # fmt: skip
+    unet = {
+        **key,
+        "model": "U-Net",
+        "implementation": "eager",
+        "absent": "diffusers is not installed",
+    }
+    return {"machine": MACHINE, "ceilings": CEILINGS, "rows": [*rows, unet]}
+
+
+def test_the_report_shows_losses_and_what_was_not_measured():
+    text = report.page({"h200": [op_run(), model_run()]})
+    # 10^9 bytes in 1 ms: 1000 GB/s of 4000; the inaccurate one does not count as the best other
+    assert (
+        "| s | forward | 1000 GB/s | 25.0% | 0.50x | 3.0 | - | 1.0000 | 4.0000† (4.00x) | 0.5000 (0.50x) |"
+        " 0.1000* (0.10x) |" in text
+    )
+    assert "| s | backward | 500 GB/s | 12.5% | 1.50x | 3.0 | 2.0 |" in text
+    assert "Saved for the backward, MiB. s: triton 2.0, compile 2.0, eager 2.0;" in text
+    assert "- cuda: not built (adaln s)" in text
     assert "- flex in adaln s: RuntimeError: no" in text
+    assert "Out of time with 3 measurements not begun." in text
+    assert (
+        "| DiT-XL/2 | train, throughput | ours-compile-graph | 64 | 100.00 | 640.00 | 2.00x | 10.0% | 3.0 |"
+        in text
+    )
+    assert "- eager: diffusers is not installed (U-Net train)" in text
+    assert (
+        "| `adaln` | `ops.adaln` | liger-kernel, quack-kernels, apex, nvidia-cudnn-frontend | measured |"
+        in text
+    )
+    assert "| `swiglu` | `ops.swiglu` | liger-kernel | not measured |" in text
     assert "Not measured on a GPU yet" not in text
-    assert "Not measured on a GPU yet" in report.page({})
-    report.roofline([run], tmp_path / "roofline")
-    assert (tmp_path / "roofline.svg").stat().st_size > 1000
+    nothing = report.page({"cpu": [{**op_run(), "host_us": {"adaln": 27.84}}]})
+    assert "Not measured on a GPU yet" in nothing
+    assert "| adaln | 27.8 |" in nothing
+    assert "| measured |" not in nothing
+    assert "images/" not in nothing
+
+
+def test_plots_are_drawn_from_the_results_and_are_the_same_again(tmp_path):
+    runs = [op_run(), model_run()]
+    names = [name for _, name in report.pictures("h200", runs)]
+    assert names == [
+        "speedup-h200", "roofline-h200", "speedup-h200-adaln", "scaling-h200-tokens", "models-h200"
+    ]  # fmt: skip
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert report.draw("h200", runs, first) == names
+    report.draw("h200", runs, second)
+    for name in names:
+        for suffix in (".png", ".svg"):
+            drawn = (first / f"{name}{suffix}").read_bytes()
+            assert len(drawn) > 1000
+            assert drawn == (second / f"{name}{suffix}").read_bytes()
+
+
+def test_the_readme_shows_a_plot_once_there_is_one():
+    readme = f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n"
+    text = report.with_readme_lines(readme, report.readme_lines({"h200": [op_run()]}))
+    assert "(docs/images/speedup-h200.png)" in text
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    text = report.with_readme_lines(text, report.readme_lines({"cpu": [op_run()]}))
+    assert "No speed has been measured on a GPU yet" in text
+    assert "speedup" not in text
+
+
+def test_the_cases_run_under_pytest_benchmark():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "-k",
+         "gelu-tiny-video-eager and forward", "--benchmark-max-time=0.01", "--benchmark-min-rounds=2"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "benchmark 'gelu forward': 1 tests" in run.stdout
