@@ -6,9 +6,7 @@
 // The three are one kernel each way: what is not asked for has a null pointer. Strides are in elements.
 #pragma once
 
-#include <cstdint>
-
-#include "common.cuh"
+#include "rows.h"
 
 namespace dk {
 
@@ -27,18 +25,6 @@ struct ModulationRows {
   bool indexed;
   DType dtype;
 };
-
-struct Channels {
-  const void* data;  // [C], contiguous
-  DType dtype;
-};
-
-struct Result {
-  void* data;
-  DType dtype;
-};
-
-enum class Norm : int32_t { none, rms, layer };
 
 struct AdalnSizes {
   int64_t samples;   // B
