@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 from dit_kernels import cli
+from dit_kernels.cli.train import train as train_command
 from dit_kernels.video.model import ModelConfig, TextToVideo
 from dit_kernels.video.training import Trainer, TrainingConfig, train
 
 PROMPT = "a seven moving left"
+COMMANDS = ("train", "train-codec", "generate", "evaluate", "demo", "info", "check")
 SMALL = ModelConfig(
     size=16, frames=4, hidden_size=32, depth=1, num_heads=2, text_dim=32, text_depth=1
 )
@@ -79,11 +81,11 @@ def test_help_teaches(run, arguments):
     assert result.code == 0
     assert result.err == ""
     assert 'dit-kernels generate "a seven moving left"' in result.out
-    for command in ("train", "generate", "evaluate", "demo", "info", "check"):
+    for command in COMMANDS:
         assert command in result.out
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "demo", "info", "check"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_examples_in_its_help(run, command):
     result = run(command, "--help")
     assert result.code == 0
@@ -155,6 +157,30 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
         ("train|--size|12", ["size must be at least 14"]),
         ("train|--size|18", ["(4, 4, 4)", "18"]),
         ("train|--steps|0", ["--steps"]),
+        ("train|--size|ten", ["--size", "must be like 32, or 32x48"]),
+        ("train|--patch-size|2x2", ["--patch-size", "must be like 1x2x2"]),
+        ("train|--codec|nowhere", ["no codec at nowhere", "identity, causal"]),
+        ("train|--codec|a-file", ["a-file is not a checkpoint"]),
+        ("train|--codec|causal|--frames|8", ["1 more than a multiple of 2", "such as 9", "got 8"]),
+        ("train|--text-encoder|nowhere", ["no text encoder at nowhere"]),
+        ("train|--text-mode|loud", ["text_mode must be one of", "loud"]),
+        ("train|--objective|gan", ["objective must be one of flow, ddpm", "gan"]),
+        ("train|--optimizer|sgd", ["optimizer must be one of muon, adamw", "sgd"]),
+        ("train|--accumulate|3", ["accumulate must divide", "3 and 16"]),
+        ("train|--data|nowhere", ["no folder of videos, and no CSV, at nowhere"]),
+        ("train|--data|.", ["no video in . can be used"]),
+        ("train|--data|a-file", ["a CSV with the columns video and caption"]),
+        ("train|--digits|0", ["--digits"]),
+        ("train-codec|--frames|4", ["1 more than a multiple of 2", "got 4"]),
+        ("train-codec|--strides|2", ["must be like 1x2x2"]),
+        (
+            "generate|a one|--scheduler|heun",
+            ["--scheduler must be one of euler, ddim, dpm++", "heun"],
+        ),
+        ("generate|a one|--image|none.png", ["no such file: none.png"]),
+        ("generate|a one|--image|a-file", ["a-file: it can't be decoded"]),
+        ("generate|a one|--image|a|--video|b", ["--image and --video can't both be given"]),
+        ("evaluate|--markdown|x.md", ["--json", "give both"]),
         ("evaluate|--count|0", ["--count"]),
         ("evaluate|--weights|none", ["no checkpoint at none"]),
         ("demo|--out|a-file", ["a-file"]),
@@ -196,7 +222,10 @@ def test_train_then_resume_then_generate(run, tmp_path):
     assert "--weights r/model.safetensors" in first.out
     assert "step 4/4" in first.err
     assert "loss" in first.err
+    assert "tokens/s" in first.err
     assert "minutes left" in first.err
+    assert (tmp_path / "r" / "loss.png").stat().st_size > 1000
+    assert len(list((tmp_path / "r" / "logs").iterdir())) == 1
 
     again = run("train", "--out", "r", "--steps", 4)
     assert_one_line(again, "is already there", "--resume")
@@ -249,20 +278,27 @@ def test_ctrl_c_keeps_the_work_done(run, monkeypatch):
 def test_train_defaults_are_those_of_the_library():
     defaults = {
         name: parameter.default
-        for name, parameter in inspect.signature(cli.train).parameters.items()
+        for name, parameter in inspect.signature(train_command).parameters.items()
     }
     checked = 0
     for config in (ModelConfig(), TrainingConfig()):
         for field in dataclasses.fields(config):
             if field.name in defaults:
-                assert defaults[field.name] == getattr(config, field.name), field.name
+                default = defaults[field.name]
+                # by default these two follow the codec; in pixels they are the library's
+                assert default == getattr(config, field.name) or (
+                    default is None and field.name in ("frames", "patch_size")
+                ), field.name
                 checked += 1
-    assert checked == 14
+    assert checked == 29
 
 
 def test_evaluate_prints_a_row_for_the_model_and_one_for_real_clips(run, weights):
-    result = run("evaluate", "--count", 4, "--steps", 1, "--weights", weights)
-    assert result.code == 0
+    command = ["evaluate", "--count", 4, "--steps", 1, "--weights", weights]
+    assert run(*command, "--bar", 0).code == 0
+    result = run(*command)
+    assert result.code == 1
+    assert "is below the bar of 90%" in result.out
     assert "generated" in result.out
     assert "real, held out" in result.out
     assert "4 (100.0%)" in result.out  # of the real clips

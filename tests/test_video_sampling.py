@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dit_kernels.video.checkpoints import read_checkpoint
+from dit_kernels.video.codecs import Identity
 from dit_kernels.video.demo import CAPTIONS, make_demo
 from dit_kernels.video.digits import MovingDigit, MovingDigits, parse_caption
 from dit_kernels.video.evaluation import (
@@ -16,8 +17,8 @@ from dit_kernels.video.evaluation import (
     watch,
 )
 from dit_kernels.video.model import SHIPPED_WEIGHTS, ModelConfig, TextToVideo
-from dit_kernels.video.sampling import generate, initial_noise, to_frames
-from dit_kernels.video.training import TrainingConfig
+from dit_kernels.video.sampling import SCHEDULERS, generate, initial_noise, to_frames
+from dit_kernels.video.training import TrainingConfig, training_config
 
 SMALL = ModelConfig(
     size=16, frames=4, hidden_size=32, depth=2, num_heads=2, text_dim=32, text_depth=1
@@ -43,19 +44,22 @@ class Oracle:
     """Stands in for a model that knows the clean video of a caption: x_0 = its length."""
 
     config = dataclasses.replace(SMALL, size=8)
-
-    class text:
-        position = torch.empty(0)
+    codec = Identity(1)
+    device = torch.device("cpu")
 
     def __init__(self):
         self.times = []
+        self.seen = []
+        self.given = None
 
     def encode_text(self, captions):
         lengths = torch.tensor([len(caption) / 10 for caption in captions])
         return lengths[:, None, None], torch.ones(len(captions), 1, dtype=torch.bool)
 
-    def __call__(self, x, t, text, mask):
-        self.times.append(t[0].item())
+    def denoise(self, x, t, text, mask, given=None):
+        self.times.append(t.item())
+        self.seen.append(x)
+        self.given = given
         return text[:, :, :, None, None].expand_as(x)
 
 
@@ -74,6 +78,58 @@ def test_the_schedule_is_shifted_towards_noise():
     oracle = Oracle()
     generate(oracle, ["a"], steps=4, guidance=1)
     assert oracle.times == pytest.approx([3 * s / (1 + 2 * s) for s in (1, 0.75, 0.5, 0.25)])
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_follows_a_model_that_knows_the_answer(scheduler):
+    oracle = Oracle()
+    videos = generate(oracle, ["abc", "a"], steps=8, guidance=1, scheduler=scheduler, seed=1)
+    # DDPM ends with a step's noise, of variance 1e-4; the others on the answer
+    spread = 0.05 if scheduler == "ddpm" else 1e-3
+    assert (videos[0] - 0.3).abs().max() < spread
+    assert (videos[1] - 0.1).abs().max() < spread
+    assert len(oracle.times) == 8
+    assert sorted(oracle.times, reverse=True) == oracle.times
+    again = generate(Oracle(), ["a"], steps=8, guidance=1, scheduler=scheduler, seed=2)
+    assert torch.equal(videos[1:], again)  # row i is that of seed + i, fresh noise included
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_the_model_is_shown_the_mixture_of_its_level(scheduler):
+    """With the answer known, what is seen at level t is (1 - t) answer + t * unit noise."""
+    oracle = Oracle()
+    generate(oracle, ["abc"], steps=4, guidance=1, scheduler=scheduler, size=64)
+    for t, seen in zip(oracle.times, oracle.seen, strict=True):
+        noise = (seen - (1 - t) * 0.3) / t
+        assert abs(noise.std() - 1) < 0.02, t
+        assert abs(noise.mean()) < 0.03, t
+
+
+def test_given_frames_are_seen_clean_and_kept():
+    oracle = Oracle()
+    given = torch.rand(1, 2, 8, 8) * 2 - 1
+    videos = generate(oracle, ["abc", "a"], steps=3, frames=8, guidance=2, given=given)
+    assert oracle.given.tolist() == [True, True] + [False] * 6
+    for seen in oracle.seen:
+        assert torch.equal(seen[:, :, :2], given.expand(4, 1, 2, 8, 8))
+    assert torch.equal(videos[:, :, :2], given.expand(2, 1, 2, 8, 8))
+    torch.testing.assert_close(videos[0, :, 2:], torch.full((1, 6, 8, 8), 0.6))
+
+
+def test_the_time_of_given_frames_is_zero(small, monkeypatch):
+    times = []
+    forward = TextToVideo.forward
+    monkeypatch.setattr(
+        TextToVideo,
+        "forward",
+        lambda self, x, t, *text: times.append(t) or forward(self, x, t, *text),
+    )
+    given = torch.zeros(
+        1, 5, 16, 16
+    )  # a patch has 4 frames: the first is all given, the second is not
+    generate(small, ["a one moving up"], frames=12, steps=2, given=given)
+    for t, level in zip(times, (1.0, 0.75), strict=True):
+        assert t.tolist() == [[0, level, level]] * 2
 
 
 def test_guidance_goes_from_the_unconditional_through_the_conditional_answer():
@@ -109,6 +165,10 @@ def test_sizes_and_lengths_other_than_those_of_training(small):
         ({"size": (16, 2)}, "width must be a multiple of 4, the model's patch; got 2"),
         ({"frames": 0}, "frames must be a multiple of 4, the model's patch; got 0"),
         ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"scheduler": "heun"}, r"scheduler must be one of euler, ddim, dpm\+\+, ddpm; got 'heun'"),
+        ({"scheduler": "ddim", "steps": 1001}, "steps must be at most 1000 for ddim; got 1001"),
+        ({"given": torch.zeros(1, 4, 16, 16)}, r"0 < G < 4 frames; got \[1, 4, 16, 16\]"),
+        ({"given": torch.zeros(3, 1, 16, 16)}, r"given must be \[1, G, 16, 16\]"),
     ],
 )
 def test_what_cannot_be_made_says_why(small, options, message):
@@ -163,7 +223,7 @@ def test_the_shipped_model_shows_what_is_asked(shipped):
 
 def test_the_shipped_weights_come_from_the_default_settings():
     _, settings = read_checkpoint(SHIPPED_WEIGHTS)
-    assert settings["trained_with"] == dataclasses.asdict(TrainingConfig())
+    assert training_config(settings["trained_with"]) == TrainingConfig()
     assert TextToVideo.load().config == ModelConfig()
     assert SHIPPED_WEIGHTS.stat().st_size < 20e6
 

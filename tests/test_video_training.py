@@ -109,6 +109,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
 def test_a_killed_process_leaves_a_checkpoint_to_go_on_from(tmp_path):
     program = f"""
 import os, signal, torch
+from dit_kernels.video.data import ClipsConfig
 from dit_kernels.video.model import ModelConfig
 from dit_kernels.video.training import Trainer, TrainingConfig, train
 torch.set_num_threads(1)
@@ -151,7 +152,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero():
 
 def test_captions_are_dropped_at_the_asked_rate():
     trainer = Trainer(SMALL, dataclasses.replace(RUN, batch_size=400, caption_dropout=0.25))
-    _, captions, t, _ = trainer._draw()
+    _, captions, t, _, _ = trainer._draw()
     assert 60 < captions.count("") < 140
     assert ((t > 0) & (t < 1)).all()
     assert 0.65 < t.mean() < 0.80  # logit-normal, mean 1.2: more noise than not

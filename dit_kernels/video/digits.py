@@ -21,43 +21,61 @@ CAPTION_WORDS = ("a", "an", "moving", *DIGIT_WORDS, *DIRECTIONS)
 
 DIGIT_SIZE = 14  # pixels on a side
 SPEED = 2  # pixels a frame
+GRID = 2  # pixels between the places where a digit can start
+SPEEDS = {"slowly": 1, "": SPEED, "quickly": 4}  # said last, or not at all
 SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
 class MovingDigit:
-    """What a caption says of one digit: which one, and which way it goes."""
+    """What a caption says of one digit: which one, which way it goes, and how fast."""
 
     digit: int
     direction: str
+    speed: str = ""
 
 
-def caption_of(moving: MovingDigit) -> str:
-    """The caption of one moving digit: `a seven moving left`."""
-    word = DIGIT_WORDS[moving.digit]
-    article = "an" if word[0] in "aeiou" and word != "one" else "a"
-    return f"{article} {word} moving {moving.direction}"
+def caption_of(*moving: MovingDigit) -> str:
+    """The caption of moving digits: `a seven moving left`, `a two moving up slowly and a one moving down`."""
+    return " and ".join(_phrase_of(one) for one in moving)
 
 
 def parse_caption(caption: str) -> MovingDigit:
-    """The moving digit that a caption asks for; the inverse of `caption_of`.
+    """The moving digit that a caption of one asks for; the inverse of `caption_of`.
 
     Raises:
-        ValueError: the caption is not `a <digit> moving <direction>`.
+        ValueError: the caption is not `a <digit> moving <direction>`, with or without a speed.
     """
     match caption.lower().split():
-        case ["a" | "an", word, "moving", direction] if (
-            word in DIGIT_WORDS and direction in DIRECTIONS
+        case ["a" | "an", word, "moving", direction, *speed] if (
+            word in DIGIT_WORDS
+            and direction in DIRECTIONS
+            and speed in ([], ["slowly"], ["quickly"])
         ):
-            return MovingDigit(DIGIT_WORDS.index(word), direction)
+            return MovingDigit(DIGIT_WORDS.index(word), direction, "".join(speed))
     raise ValueError(
-        f'caption must read "a <{"|".join(DIGIT_WORDS)}> moving <{"|".join(DIRECTIONS)}>"; '
+        f'caption must read "a <{"|".join(DIGIT_WORDS)}> moving <{"|".join(DIRECTIONS)}> [slowly|quickly]"; '
         f'got "{caption}"'
     )
 
 
+def parse_captions(caption: str) -> tuple[MovingDigit, ...]:
+    """Every moving digit that a caption asks for.
+
+    Raises:
+        ValueError: a part between two "and"s is not as `parse_caption` takes it.
+    """
+    return tuple(parse_caption(part) for part in caption.lower().split(" and "))
+
+
+def _phrase_of(moving: MovingDigit) -> str:
+    word = DIGIT_WORDS[moving.digit]
+    article = "an" if word[0] in "aeiou" and word != "one" else "a"
+    return f"{article} {word} moving {moving.direction} {moving.speed}".strip()
+
+
 def all_captions() -> list[str]:
-    """Every caption of the grammar, digits in order, each in the four directions."""
+    """Every caption of one digit at the plain speed, digits in order, each in the four directions."""
     return [caption_of(MovingDigit(d, way)) for d in range(10) for way in DIRECTIONS]
 
 
@@ -91,14 +109,17 @@ class MovingDigits:
     """An endless list of (video, caption), the same for the same seed and index on every machine.
 
     A digit whose path fits in the frame stays inside it; a longer path leaves at one edge and
-    comes back at the opposite one, so the direction never changes. All positions are multiples of
-    the speed, which is a quarter of the places to learn a digit at and looks no different.
+    comes back at the opposite one, so the direction never changes. Digits start two pixels apart,
+    which is a quarter of the places to learn a digit at and looks no different.
 
     Args:
         frames: frames in a clip, F.
         size: height and width in pixels, (Y, X) or one number for both; at least 14.
         seed: chooses the whole list.
         split: "train" or "test" scans.
+        most_digits: a clip shows one digit, up to so many.
+        speeds: also digits that move slowly or quickly.
+        channels: C of the clips; all are the same grey.
     """
 
     def __init__(
@@ -107,52 +128,70 @@ class MovingDigits:
         size: int | tuple[int, int] = 32,
         seed: int = 0,
         split: str = "train",
+        *,
+        most_digits: int = 1,
+        speeds: bool = False,
+        channels: int = 1,
     ) -> None:
         self.frames = frames
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.seed = seed
         self.split = split
+        self.most_digits = most_digits
+        self.speeds = speeds
+        self.channels = channels
         if frames < 1:
             raise ValueError(f"frames must be at least 1; got {frames}")
         if min(self.size) < DIGIT_SIZE:
             raise ValueError(
                 f"size must be at least {DIGIT_SIZE}, the size of a digit; got {self.size}"
             )
+        if most_digits < 1 or channels < 1:
+            raise ValueError(
+                f"digits and channels must be at least 1; got {most_digits} and {channels}"
+            )
         self.scans, self.digits = load_scans(split)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Every word of the captions."""
+        more = ("and",) if self.most_digits > 1 else ()
+        return CAPTION_WORDS + more + (tuple(filter(None, SPEEDS)) if self.speeds else ())
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
-        """One clip [1, F, Y, X] float32 in [-1, 1] (ink is 1), and its caption."""
+        """One clip [C, F, Y, X] float32 in [-1, 1] (ink is 1), and its caption."""
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
-        scan = rng.integers(len(self.scans))
-        direction = list(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
         canvas = np.zeros((self.frames, *self.size), dtype=np.float32)
-        self._draw(canvas, self.scans[scan], direction, rng)
-        moving = MovingDigit(int(self.digits[scan]), direction)
-        return torch.from_numpy(canvas * 2 - 1)[None], caption_of(moving)
+        count = 1 if self.most_digits == 1 else rng.integers(1, self.most_digits + 1)
+        shown = [self._draw(canvas, rng) for _ in range(count)]
+        clip = torch.from_numpy(canvas * 2 - 1)
+        return clip.expand(self.channels, *clip.shape), caption_of(*shown)
 
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, list[str]]:
-        """Clips [B, 1, F, Y, X] and their captions."""
+        """Clips [B, C, F, Y, X] and their captions."""
         clips, captions = zip(*(self[i] for i in indices), strict=True)
         return torch.stack(clips), list(captions)
 
-    def _draw(
-        self, canvas: np.ndarray, scan: np.ndarray, direction: str, rng: np.random.Generator
-    ) -> None:
-        """Put a moving scan on canvas [F, Y, X]; where two digits overlap the brighter shows."""
-        travel = SPEED * (self.frames - 1)
+    def _draw(self, canvas: np.ndarray, rng: np.random.Generator) -> MovingDigit:
+        """Move a scan over canvas [F, Y, X]; where two digits overlap the brighter shows."""
+        scan = rng.integers(len(self.scans))
+        direction = list(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
+        speed = list(SPEEDS)[rng.integers(len(SPEEDS))] if self.speeds else ""
+        travel = SPEEDS[speed] * (self.frames - 1)
         rows_columns = []
         for step, length in zip(DIRECTIONS[direction], self.size, strict=True):
             room = length - DIGIT_SIZE
             if step == 0:
-                first = SPEED * rng.integers(room // SPEED + 1)
+                first = GRID * rng.integers(room // GRID + 1)
             elif travel <= room:
-                first = SPEED * rng.integers((room - travel) // SPEED + 1)
+                first = GRID * rng.integers((room - travel) // GRID + 1)
                 first += travel if step < 0 else 0
             else:
-                first = SPEED * rng.integers(length // SPEED)
-            path = first + step * SPEED * np.arange(self.frames)
+                first = GRID * rng.integers(length // GRID)
+            path = first + step * SPEEDS[speed] * np.arange(self.frames)
             rows_columns.append((path[:, None] + np.arange(DIGIT_SIZE)) % length)  # [F, 14]
         rows, columns = rows_columns
         frame = np.arange(self.frames)[:, None, None]
         where = frame, rows[:, :, None], columns[:, None, :]
-        canvas[where] = np.maximum(canvas[where], scan)
+        canvas[where] = np.maximum(canvas[where], self.scans[scan])
+        return MovingDigit(int(self.digits[scan]), direction, speed)

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from dit_kernels.video.checkpoints import atomic_path
+from dit_kernels.video.codecs import Codec
 from dit_kernels.video.digits import (
     DIGIT_SIZE,
     DIRECTIONS,
@@ -26,9 +32,10 @@ from dit_kernels.video.digits import (
     parse_caption,
 )
 from dit_kernels.video.model import TextToVideo
-from dit_kernels.video.sampling import generate
+from dit_kernels.video.sampling import EULER, generate
 
 WINDOW = DIGIT_SIZE + 2  # the classifier's view: a digit and a pixel around it
+TABLE = ("<!-- evaluation -->", "<!-- end of evaluation -->")  # the lines around it in a page
 FAINT = 0.15  # ink below this is the background's noise
 
 
@@ -130,6 +137,7 @@ def score_generated(
     steps: int = 30,
     guidance: float = 2.5,
     seed: int = 0,
+    scheduler: str = EULER,
     batch_size: int = 40,
     on_videos: Callable[[int], None] = lambda count: None,
 ) -> Score:
@@ -139,18 +147,90 @@ def score_generated(
     score = Score()
     for first in range(0, count, batch_size):
         captions = asked[first : first + batch_size]
-        videos = generate(model, captions, steps=steps, guidance=guidance, seed=seed + first)
+        videos = generate(
+            model, captions, steps=steps, guidance=guidance, seed=seed + first, scheduler=scheduler
+        )
         for caption, video in zip(captions, videos, strict=True):
             score.add(parse_caption(caption), watch(video))
         on_videos(len(captions))
     return score
 
 
-def score_real(count: int = 200, *, frames: int = 8, size: int = 32, seed: int = 0) -> Score:
-    """Watch count real clips of handwriting that neither model nor judge was fitted on."""
+def score_real(
+    count: int = 200,
+    *,
+    frames: int = 8,
+    size: int | tuple[int, int] = 32,
+    seed: int = 0,
+    codec: Codec | None = None,
+) -> Score:
+    """Watch count real clips of handwriting that neither model nor judge was fitted on.
+
+    With a codec they are watched after they went through it, which bounds what a model in its latents
+    can reach.
+    """
     data = MovingDigits(frames, size, seed=seed, split="test")
     score = Score()
     for index in range(count):
         video, caption = data[index]
+        if codec is not None:
+            video = codec.decode(codec.encode(video[None]))[0].clamp(-1, 1)
         score.add(parse_caption(caption), watch(video))
     return score
+
+
+def write_figures(
+    path: str | Path, name: str, rows: dict[str, Score], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Put a model's figures into a JSON file, beside those of the other models in it.
+
+    Args:
+        path: the file.
+        name: the model's; what the file says of a model of this name is replaced.
+        rows: what was watched, the model's own videos and real ones.
+        settings: what they were made with.
+
+    Returns:
+        All that is in the file now.
+
+    Raises:
+        ValueError: the file is there, and holds something else.
+    """
+    path = Path(path)
+    try:
+        figures = json.loads(path.read_text()) if path.is_file() else {}
+        figures[name] = {
+            "settings": settings,
+            "rows": {row: dataclasses.asdict(score) for row, score in rows.items()},
+        }
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds no figures of `dit-kernels evaluate`: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def table_of(figures: dict[str, Any]) -> str:
+    """The figures of `write_figures` as a Markdown table, a row for each thing watched."""
+    lines = ["| videos | count | digit as asked | direction as asked |", "|---|---|---|---|"]
+    for model in figures.values():
+        for row, score in model["rows"].items():
+            cells = [f"{score[key] / score['total']:.1%}" for key in ("digits", "directions")]
+            line = f"| {row} | {score['total']} | {cells[0]} | {cells[1]} |"
+            if line not in lines:
+                lines.append(line)
+    return "\n".join(lines)
+
+
+def write_table(path: str | Path, figures: dict[str, Any]) -> None:
+    """Write the table to a page: between the two lines that mark its place, or as the whole page."""
+    path = Path(path)
+    begin, end = TABLE
+    page = path.read_text() if path.is_file() else f"{begin}\n{end}\n"
+    place = re.compile(f"(?<={re.escape(begin)}\n).*?(?={re.escape(end)})", re.DOTALL)
+    if not place.search(page):
+        raise ValueError(f"{path} has no place for the table: the lines {begin} and {end}")
+    page = place.sub(lambda _: table_of(figures) + "\n", page)
+    with atomic_path(path) as temporary:
+        temporary.write_text(page)

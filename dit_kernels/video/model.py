@@ -1,4 +1,8 @@
-"""The text-to-video model: a text encoder and a DiT that predicts the clean video."""
+"""The text-to-video model: a text encoder and a DiT, in pixels or in the latents of a codec.
+
+Whatever the objective the model was trained with, `denoise` gives the clean video seen through
+noise. Schedulers need no more.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dit_kernels.models import DiT
+from dit_kernels.video import ddpm
 from dit_kernels.video.checkpoints import read_checkpoint, write_checkpoint
+from dit_kernels.video.codecs import IDENTITY, open_codec
 from dit_kernels.video.digits import CAPTION_WORDS
-from dit_kernels.video.text import TextEncoder, WordTokenizer
+from dit_kernels.video.text import PretrainedText, TextEncoder, WordTokenizer
+
+FLOW, DDPM = "flow", "ddpm"
+OBJECTIVES = (FLOW, DDPM)
+WORDS = "words"
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "moving_digits.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What is needed to build the model again; it travels in the checkpoint's metadata."""
+    """What is needed to build the model again; it travels in the checkpoint's metadata.
+
+    size is height and width in pixels, one number for both. codec is what `open_codec` takes,
+    text_encoder "words" or the folder of a pretrained one.
+    """
 
     words: tuple[str, ...] = CAPTION_WORDS
     frames: int = 8
-    size: int = 32
+    size: int | tuple[int, int] = 32
     channels: int = 1
     patch_size: tuple[int, int, int] = (4, 4, 4)
     hidden_size: int = 128
@@ -35,59 +49,130 @@ class ModelConfig:
     text_mode: str = "pooled"
     pos_embed: str = "sincos"
     qk_norm: str | None = None
+    codec: str = IDENTITY
+    codec_fingerprint: str = ""
+    text_encoder: str = WORDS
+    text_length: int = 32
+    objective: str = FLOW
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """The size, as two numbers."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
 class TextToVideo(nn.Module):
-    """x_0 = model(x_t, t, caption): the clean video seen through noise, given its caption.
+    """The clean video seen through noise, given its caption: see `denoise`.
 
     Args:
         config: sizes and options.
+
+    Raises:
+        FileNotFoundError: no codec or text encoder where config says.
+        ValueError: values that don't go together, or a codec other than the one trained with.
     """
 
     def __init__(self, config: ModelConfig | None = None) -> None:
         super().__init__()
-        self.config = config = config or ModelConfig()
-        self.tokenizer = WordTokenizer(config.words)
-        self.text = TextEncoder(self.tokenizer.vocabulary_size, config.text_dim, config.text_depth)
+        config = config or ModelConfig()
+        if config.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective must be one of {', '.join(OBJECTIVES)}; got {config.objective!r}"
+            )
+        self.codec = open_codec(config.codec, config.channels)
+        if config.codec_fingerprint not in ("", self.codec.fingerprint):
+            raise ValueError(
+                f"the model was trained with another codec than {config.codec} is now "
+                f"({config.codec_fingerprint}, not {self.codec.fingerprint})"
+            )
+        channels, *latent_size = self.codec.latent_shape(config.frames, *config.height_width)
+        self.pretrained_text = None
+        if config.text_encoder == WORDS:
+            self.tokenizer = WordTokenizer(config.words)
+            self.text = TextEncoder(
+                self.tokenizer.vocabulary_size, config.text_dim, config.text_depth,
+                max_length=config.text_length,
+            )  # fmt: skip
+        else:
+            self.pretrained_text = PretrainedText(config.text_encoder)
+            config = dataclasses.replace(config, text_dim=self.pretrained_text.dim)
+        self.config = dataclasses.replace(config, codec_fingerprint=self.codec.fingerprint)
         self.dit = DiT(
-            input_size=(config.frames, config.size, config.size),
+            input_size=latent_size,
             patch_size=tuple(config.patch_size),
-            in_channels=config.channels,
+            in_channels=channels,
             hidden_size=config.hidden_size,
             depth=config.depth,
             num_heads=config.num_heads,
-            learn_sigma=False,
+            learn_sigma=config.objective == DDPM,
             pos_embed=config.pos_embed,
             qk_norm=config.qk_norm,
             text_dim=config.text_dim,
             text_mode=config.text_mode,
         )
 
-    def encode_text(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.dit.final_layer.linear.weight.device
+
+    def encode_text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens [B, L, D] and their mask [B, L] bool for B captions; "" is unconditional.
 
         Raises:
             ValueError: a caption has an unknown word.
         """
-        device = self.text.position.device
-        ids, mask = (tensor.to(device) for tensor in self.tokenizer(captions))
+        if self.pretrained_text is not None:
+            return self.pretrained_text(captions, self.device)
+        ids, mask = (tensor.to(self.device) for tensor in self.tokenizer(captions))
         return self.text(ids, mask), mask
 
-    def forward(
-        self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """The predicted clean video.
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """What the DiT predicts: the clean latents, or under "ddpm" their noise and its variance.
 
         Args:
-            x: noisy video [B, Cin, F, Y, X].
-            t: noise level [B] in [0, 1]; 1 is pure noise.
+            x: noisy latents [B, Z, f, h, w] (of the identity codec: the video).
+            t: noise level, [B] or a frame of patches [B, Gt]: in [0, 1], 1 is pure noise; under "ddpm"
+                the step over 1000.
             text: tokens [B, L, D] of `encode_text`.
             text_mask: [B, L] bool, True at tokens.
 
         Returns:
-            Video of x's shape.
+            Latents of x's shape, of twice as many channels under "ddpm".
         """
         return self.dit(x, 1000 * t, text=text, text_mask=text_mask)
+
+    def denoise(
+        self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, given: Tensor | None = None
+    ) -> Tensor:
+        """The clean latents, float32, seen in x = (1 - t) clean + t noise.
+
+        Args:
+            x: [B, Z, f, h, w]; the frames that are given are clean in it.
+            t: one level for all, [] in (0, 1].
+            text, text_mask: of `encode_text`.
+            given: bool [f], the frames that are known; None for none.
+        """
+        if self.config.objective == FLOW:
+            return self(x, self.patch_times(t.expand(len(x)), given), text, text_mask).float()
+        # the same mixture, as DDPM scales it, at the step whose share of noise is nearest
+        scales = ddpm.noise_scales().to(x.device)
+        wanted = (t / (1 - t)).clamp(max=float(scales[-1]))
+        step = (scales - wanted).abs().argmin()
+        level = ddpm.signal_levels().to(x.device)[step].float()
+        noisy = x * level.sqrt() * (1 + scales[step].float())
+        if given is not None:
+            noisy = torch.where(given.view(-1, 1, 1), x, noisy)
+        times = self.patch_times((step / ddpm.STEPS).float().expand(len(x)), given)
+        noise = self(noisy, times, text, text_mask).float().chunk(2, dim=1)[0]
+        return (noisy - (1 - level).sqrt() * noise) / level.sqrt()
+
+    def patch_times(self, t: Tensor, given: Tensor | None) -> Tensor:
+        """Levels [B] as they are; with given frames [f] (or [B, f]), [B, Gt] that are 0 where a patch is all given."""
+        if given is None:
+            return t
+        patches = given.unflatten(-1, (-1, self.config.patch_size[0])).all(-1)
+        return torch.where(patches, torch.zeros_like(t)[:, None], t[:, None])
 
     def save(self, path: str | Path, trained_with: dict[str, Any] | None = None) -> None:
         """Write the weights, in float16, to one file.

@@ -1,8 +1,8 @@
-"""Training by flow matching: the model sees x_t = (1 - t) x_0 + t noise and predicts x_0.
+"""Training by flow matching, or by DDPM with a learned variance as in the DiT paper.
 
-Everything random in step i (clips, noise levels, noise, dropped captions) follows from the seed
-and i alone. So a run that was killed and resumed from its last checkpoint ends with the same
-weights, bit for bit, as one that was never interrupted.
+Under flow matching the model sees x_t = (1 - t) x_0 + t noise and predicts x_0; `ddpm` has the
+other's formulas. A share of the clips can have their first frames given: those stay clean, their
+time is zero, and the loss is that of the frames after them.
 """
 
 from __future__ import annotations
@@ -11,19 +11,40 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from dit_kernels.testing import plain_torch
+from dit_kernels.video import ddpm
 from dit_kernels.video.checkpoints import read_checkpoint, write_checkpoint
-from dit_kernels.video.digits import MovingDigits
-from dit_kernels.video.model import ModelConfig, TextToVideo, model_config
+from dit_kernels.video.data import Clips, ClipsConfig, open_clips
+from dit_kernels.video.model import FLOW, ModelConfig, TextToVideo, model_config
+from dit_kernels.video.runs import (
+    CHECKPOINT_NAME,
+    TrainingDiverged,
+    learning_rate,
+    load_optimizers,
+    optimizer_tensors,
+    part,
+    random_generator,
+    settings_of,
+    train,
+)
 
-CHECKPOINT_NAME = "checkpoint.safetensors"
+__all__ = [
+    "CHECKPOINT_NAME",
+    "MODEL_NAME",
+    "Trainer",
+    "TrainingConfig",
+    "TrainingDiverged",
+    "flow_matching_loss",
+    "make_optimizers",
+    "train",
+]
+
 MODEL_NAME = "model.safetensors"
 
 # The velocity's loss divides by t^2; below this t that would let a few clips outweigh a batch.
@@ -34,7 +55,12 @@ OPTIMIZERS = ("muon", "adamw")
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of a run; the defaults made the weights that ship with the package."""
+    """Settings of a run; the defaults made the weights that ship with the package.
+
+    batch_size is the clips of a step, which are computed in `accumulate` parts. The first small_steps
+    can be on shorter and smaller clips, more of them a step, which are learned from in less time.
+    given_share is the share of clips whose first frames are given.
+    """
 
     steps: int = 11_000
     batch_size: int = 16
@@ -51,15 +77,18 @@ class TrainingConfig:
     checkpoint_every: int = 200
     seed: int = 0
     bf16: bool = True
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number; going on would only spoil the weights."""
+    small_steps: int = 0
+    small_batch_size: int = 64
+    small_frames: int = 4
+    small_size: int | tuple[int, int] = 24
+    accumulate: int = 1
+    given_share: float = 0.0
+    clips: ClipsConfig = dataclasses.field(default_factory=ClipsConfig)
 
 
 def flow_matching_loss(
-    predicted: torch.Tensor, clean: torch.Tensor, t: torch.Tensor
-) -> torch.Tensor:
+    predicted: Tensor, clean: Tensor, t: Tensor, given: Tensor | None = None
+) -> Tensor:
     """Mean squared error of the velocity v = noise - x_0 that a prediction of x_0 implies.
 
     x_t - x_0 = t v, so the velocity's error is the clean video's error over t.
@@ -68,6 +97,7 @@ def flow_matching_loss(
         predicted: clean video the model predicts, [B, Cin, F, Y, X].
         clean: the true one.
         t: noise level [B]; below 0.05 it counts as 0.05.
+        given: bool [B, F], frames that are known and don't count; None for none.
 
     Returns:
         A float32 scalar.
@@ -75,8 +105,16 @@ def flow_matching_loss(
     Source: Lipman et al., "Flow Matching for Generative Modeling", eq. 23; Li and He, "Back to
         Basics: Let Denoising Generative Models Denoise", for predicting x_0 under this loss.
     """
-    error = (predicted.float() - clean.float()).square().flatten(1).mean(1)
+    error = mean_of_unknown((predicted.float() - clean.float()).square(), given)
     return (error / t.clamp(min=SMALLEST_TIME).square()).mean()
+
+
+def mean_of_unknown(values: Tensor, given: Tensor | None) -> Tensor:
+    """Mean [B] of values [B, C, F, Y, X] over the frames that are not given, bool [B, F]."""
+    if given is None:
+        return values.flatten(1).mean(1)
+    unknown = (~given).to(values.dtype)
+    return (values.mean((1, 3, 4)) * unknown).sum(1) / unknown.sum(1)
 
 
 class Trainer:
@@ -86,6 +124,10 @@ class Trainer:
         model_config: the model.
         config: the run.
         device: where to train.
+        data: the clips that config names, if they are open already.
+
+    Raises:
+        ValueError: settings that don't go together.
     """
 
     def __init__(
@@ -93,17 +135,36 @@ class Trainer:
         model_config: ModelConfig | None = None,
         config: TrainingConfig | None = None,
         device: str | torch.device = "cpu",
+        data: Clips | None = None,
     ) -> None:
-        self.config = config or TrainingConfig()
+        self.config = config = config or TrainingConfig()
         self.device = torch.device(device)
         self.step_number = 0
+        self.losses: list[float] = []
+        for size in (config.batch_size, config.small_batch_size if config.small_steps else 0):
+            if size % config.accumulate:
+                raise ValueError(
+                    f"accumulate must divide the clips of a step; got {config.accumulate} and {size}"
+                )
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             self.model = TextToVideo(model_config).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizers = make_optimizers(self.model, self.config)
         sizes = self.model.config
-        self.data = MovingDigits(sizes.frames, sizes.size, seed=self.config.seed)
+        self.data = data or open_clips(
+            config.clips, sizes.frames, sizes.size, sizes.channels, config.seed
+        )
+        self.small_data: Clips | None = None
+        if config.small_steps:
+            self.small_data = open_clips(
+                config.clips, config.small_frames, config.small_size, sizes.channels, config.seed
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Patches that a step trains on."""
+        return self.config.batch_size * math.prod(self.model.dit.input_grid)
 
     def step(self) -> float:
         """One step of the optimizer.
@@ -115,19 +176,19 @@ class Trainer:
             TrainingDiverged: the loss is not finite; the weights are as they were.
         """
         config = self.config
-        clean, captions, t, noise = self._draw()
-        x_t = torch.lerp(clean, noise, t[:, None, None, None, None])
-        with (
-            self._formulas(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16),
-        ):
-            predicted = self.model(x_t, t, *self.model.encode_text(captions))
-        loss = flow_matching_loss(predicted, clean, t)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingDiverged(f"the loss became {value} at step {self.step_number}")
         self.model.zero_grad(set_to_none=True)
-        loss.backward()
+        value = 0.0
+        clean, captions, t, noise, given = self._draw()
+        for rows in torch.arange(len(clean)).chunk(config.accumulate):
+            some = slice(int(rows[0]), int(rows[-1]) + 1)
+            loss = self._loss(
+                clean[some], captions[some], t[some], noise[some],
+                None if given is None else given[some],
+            ) / config.accumulate  # fmt: skip
+            value += loss.item()
+            if not math.isfinite(value):
+                raise TrainingDiverged(f"the loss became {value} at step {self.step_number}")
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -135,32 +196,74 @@ class Trainer:
             optimizer.step()
         self._average()
         self.step_number += 1
+        self.losses.append(value)
         return value
+
+    def _loss(
+        self, clean: Tensor, captions: list[str], t: Tensor, noise: Tensor, given: Tensor | None
+    ) -> Tensor:
+        flow = self.model.config.objective == FLOW
+        if flow:
+            x_t = torch.lerp(clean, noise, t[:, None, None, None, None])
+        else:
+            x_t = ddpm.add_noise(clean, t, noise)
+        if given is not None:
+            x_t = torch.where(given[:, None, :, None, None], clean, x_t)
+        level = t if flow else t / ddpm.STEPS
+        with (
+            self._formulas(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16()),
+        ):
+            predicted = self.model(
+                x_t, self.model.patch_times(level, given), *self.model.encode_text(captions)
+            )
+        if flow:
+            return flow_matching_loss(predicted, clean, t, *([] if given is None else [given]))
+        return mean_of_unknown(ddpm.ddpm_loss(predicted, clean, x_t, t, noise), given).mean()
+
+    def _bf16(self) -> bool:
+        """Whether to use bfloat16: not on a GPU that only emulates it."""
+        fast = self.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        return self.config.bf16 and fast
 
     def _formulas(self) -> contextlib.AbstractContextManager[None]:
         """A CPU has no kernels, and the reference computes its formulas again in backward: plain torch is faster."""
         return plain_torch() if self.device.type == "cpu" else contextlib.nullcontext()
 
-    def _draw(self) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
-        """Clean clips, captions (some dropped), noise levels and noise of this step."""
+    def _draw(self) -> tuple[Tensor, list[str], Tensor, Tensor, Tensor | None]:
+        """Clean latents, captions (some dropped), noise levels or steps, noise and given frames of this step."""
         config = self.config
-        seed = np.random.SeedSequence((config.seed, self.step_number)).generate_state(1)
-        generator = torch.Generator().manual_seed(int(seed[0]))
-        first = self.step_number * config.batch_size
-        clean, captions = self.data.batch(range(first, first + config.batch_size))
-        dropped = torch.rand(config.batch_size, generator=generator) < config.caption_dropout
+        generator = random_generator(config.seed, self.step_number)
+        data, count = self.data, config.batch_size
+        if self.small_data is not None and self.step_number < config.small_steps:
+            data, count = self.small_data, config.small_batch_size
+        first = self.step_number * count
+        video, captions = data.batch(range(first, first + count))
+        clean = self.model.codec.encode(video.to(self.device))
+        dropped = torch.rand(count, generator=generator) < config.caption_dropout
         captions = ["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)]
-        normal = torch.randn(config.batch_size, generator=generator)
-        t = torch.sigmoid(config.time_mean + config.time_std * normal)
+        if self.model.config.objective == FLOW:
+            normal = torch.randn(count, generator=generator)
+            t = torch.sigmoid(config.time_mean + config.time_std * normal)
+        else:
+            t = torch.randint(ddpm.STEPS, (count,), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
-        return clean.to(self.device), captions, t.to(self.device), noise.to(self.device)
+        given = None
+        if config.given_share and clean.shape[2] > 1:
+            given = self._draw_given(count, clean.shape[2], generator).to(self.device)
+        return clean, captions, t.to(self.device), noise.to(self.device), given
+
+    def _draw_given(self, batch: int, frames: int, generator: torch.Generator) -> Tensor:
+        """Which frames are given, bool [B, f]: none, the first (as often as not), or more."""
+        with_given = torch.rand(batch, generator=generator) < self.config.given_share
+        only_first = torch.rand(batch, generator=generator) < 0.5
+        some = torch.randint(1, frames, (batch,), generator=generator)
+        count = torch.where(only_first, torch.ones_like(some), some) * with_given
+        return torch.arange(frames) < count[:, None]
 
     def _rate(self) -> float:
-        """Learning rate over its peak: a linear warm-up, level, a linear way down to zero."""
-        config = self.config
-        risen = (self.step_number + 1) / config.warmup_steps
-        left = (config.steps - self.step_number) / (config.decay_share * config.steps)
-        return min(1.0, risen, left)
+        """Learning rate over its peak."""
+        return learning_rate(self.config, self.step_number)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -168,26 +271,14 @@ class Trainer:
         decay = min(self.config.ema_decay, (1 + self.step_number) / (10 + self.step_number))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
-    def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        """What the optimizer of a parameter remembers of it."""
-        for optimizer in self.optimizers:
-            if any(parameter is one for one in optimizer.param_groups[0]["params"]):
-                return optimizer.state[parameter]
-        raise KeyError("no optimizer has this parameter")
-
     def save(self, path: str | Path) -> None:
         """Write all that `load` needs to go on, in one atomic file."""
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for prefix, module in (("model", self.model), ("ema", self.ema)):
             tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self._state_of(parameter).items():
-                tensors[f"optimizer.{name}.{key}"] = value
-        settings = {
-            "model": dataclasses.asdict(self.model.config),
-            "training": dataclasses.asdict(self.config),
-            "step": self.step_number,
-        }
+        tensors |= optimizer_tensors(self.model, self.optimizers)
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        settings = settings_of(self, model=self.model.config, training=self.config)
         write_checkpoint(path, tensors, settings)
 
     @classmethod
@@ -202,24 +293,28 @@ class Trainer:
         if not {"model", "training", "step"} <= settings.keys():
             raise ValueError(f"{path} is not a training checkpoint")
         trainer = cls(
-            model_config(settings["model"]), TrainingConfig(**settings["training"]), device
+            model_config(settings["model"]), training_config(settings["training"]), device
         )
-
-        def part(prefix: str) -> dict[str, torch.Tensor]:
-            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-        trainer.model.load_state_dict(part("model."))
-        trainer.ema.load_state_dict(part("ema."))
-        for name, parameter in trainer.model.named_parameters():
-            # AdamW keeps its step count on the CPU, and its moments beside the parameter.
-            trainer._state_of(parameter).update(
-                {
-                    key: value if key == "step" else value.to(trainer.device)
-                    for key, value in part(f"optimizer.{name}.").items()
-                }
-            )
+        trainer.model.load_state_dict(part(tensors, "model."))
+        trainer.ema.load_state_dict(part(tensors, "ema."))
+        load_optimizers(trainer.model, trainer.optimizers, tensors)
         trainer.step_number = settings["step"]
+        # checkpoints of the first version have no losses
+        trainer.losses = tensors.get("losses", torch.empty(0)).tolist()
         return trainer
+
+    def finish(self, folder: Path) -> Path:
+        """Write the averaged model, for `TextToVideo.load`."""
+        self.ema.save(folder / MODEL_NAME, dataclasses.asdict(self.config))
+        return folder / MODEL_NAME
+
+
+def training_config(settings: dict[str, Any]) -> TrainingConfig:
+    """The settings that were read from JSON; what an older version had not is as it was then."""
+    clips = ClipsConfig(**settings.get("clips", {}))
+    size = settings.get("small_size", TrainingConfig.small_size)
+    size = tuple(size) if isinstance(size, list) else size
+    return TrainingConfig(**{**settings, "clips": clips, "small_size": size})
 
 
 def make_optimizers(model: TextToVideo, config: TrainingConfig) -> list[torch.optim.Optimizer]:
@@ -248,38 +343,3 @@ def make_optimizers(model: TextToVideo, config: TrainingConfig) -> list[torch.op
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **options))
     return optimizers
-
-
-def train(
-    trainer: Trainer,
-    folder: str | Path,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> Path:
-    """Train to the last step, writing checkpoints on the way and the averaged model at the end.
-
-    Args:
-        trainer: new, or loaded from a checkpoint.
-        folder: where `checkpoint.safetensors` and `model.safetensors` go.
-        on_step: called after each step with the number of steps done and the loss.
-
-    Returns:
-        The file of the averaged model, for `TextToVideo.load`.
-
-    Raises:
-        TrainingDiverged: the loss is not finite; the message names the last good checkpoint.
-    """
-    folder = Path(folder)
-    checkpoint = folder / CHECKPOINT_NAME
-    while trainer.step_number < trainer.config.steps:
-        try:
-            loss = trainer.step()
-        except TrainingDiverged as error:
-            kept = f"the last good checkpoint is {checkpoint}"
-            there = kept if checkpoint.is_file() else "no checkpoint was written yet"
-            raise TrainingDiverged(f"{error}; {there}. Try a lower --learning-rate.") from None
-        done = trainer.step_number
-        if done % trainer.config.checkpoint_every == 0 or done == trainer.config.steps:
-            trainer.save(checkpoint)
-        on_step(done, loss)
-    trainer.ema.save(folder / MODEL_NAME, dataclasses.asdict(trainer.config))
-    return folder / MODEL_NAME

@@ -1,0 +1,55 @@
+"""Where training clips come from: moving digits, or a folder of real videos."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from dit_kernels.video.digits import MovingDigits
+
+DIGITS = "digits"
+
+
+class Clips(Protocol):
+    """An endless list of (clip, caption): the same for the same settings, seed and index."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Every word of the captions."""
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
+        """Clips [B, C, F, Y, X] float32 in [-1, 1], and their captions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipsConfig:
+    """Which clips; they travel in the checkpoint, so that a resumed run sees the same ones."""
+
+    data: str = DIGITS  # or a folder of videos, or a CSV
+    most_digits: int = 1
+    speeds: bool = False
+    frame_step: int = 1  # of a real video every so many-th frame is taken
+
+
+def open_clips(
+    config: ClipsConfig, frames: int, size: int | tuple[int, int], channels: int, seed: int = 0
+) -> Clips:
+    """The clips of a training run.
+
+    Raises:
+        FileNotFoundError: no such folder or CSV.
+        ValueError: sizes or settings that the clips can't have, or no video that can be read.
+    """
+    if config.data == DIGITS:
+        return MovingDigits(
+            frames, size, seed, most_digits=config.most_digits, speeds=config.speeds,
+            channels=channels,
+        )  # fmt: skip
+    from dit_kernels.video.real_clips import RealClips
+
+    return RealClips(
+        config.data, frames, size, seed=seed, channels=channels, frame_step=config.frame_step
+    )
