@@ -14,6 +14,7 @@
 #include "column_sums.h"
 #include "common.cuh"
 #include "feed_forward.h"
+#include "qk_norm_rope.h"
 
 namespace py = pybind11;
 
@@ -201,6 +202,67 @@ AdalnBackward adaln_backward_plan(const std::array<int64_t, 5>& sizes, const std
   return plan;
 }
 
+namespace {
+
+// --- qk_norm_rope
+
+QkNormRope qk_norm_rope_plan(const std::array<int, 5>& form, double eps, const std::array<int32_t, 5>& row,
+                             const std::array<int64_t, 7>& angles, const std::vector<std::array<int64_t, 18>>& sides) {
+  QkNormRope plan{};
+  plan.norm = Norm(form[0]);
+  plan.hidden = form[1] != 0;
+  plan.relu = form[2] != 0;
+  plan.eager = form[3] != 0;
+  plan.half = form[4] != 0;
+  plan.eps = static_cast<float>(eps);
+  plan.dim = row[0];
+  plan.sections = row[1];
+  plan.turning = row[2];
+  plan.lanes = row[3];
+  plan.threads = row[4];
+  plan.angles = {nullptr, nullptr, angles[0], angles[1], angles[2], angles[3], DType(angles[4]),
+                 static_cast<int32_t>(angles[5]), static_cast<int32_t>(angles[6])};
+  for (size_t i = 0; i < 2; ++i) {
+    const auto& n = sides.at(i);
+    HeadsSide& side = plan.sides[i];
+    side.samples = n[0];
+    side.length = static_cast<int32_t>(n[1]);
+    side.heads = static_cast<int32_t>(n[2]);
+    side.blocks = n[3];
+    side.chunk = static_cast<int32_t>(n[4]);
+    side.x = {nullptr, n[5], n[6], n[7], n[8], DType(n[9])};
+    side.dy = {nullptr, n[10], n[11], n[12], n[13], DType(n[14])};
+    side.weight = channels_of(static_cast<int>(n[15]));
+    side.bias = channels_of(static_cast<int>(n[16]));
+    side.y = result_of(static_cast<int>(n[17]));
+  }
+  return plan;
+}
+
+void set_parameters(QkNormRope& call, const Input& q, const Input& k, const Input& q_weight, const Input& q_bias,
+                    const Input& k_weight, const Input& k_bias, const Input& cos, const Input& sin) {
+  call.sides[0].x.data = q.data;
+  call.sides[1].x.data = k.data;
+  call.sides[0].weight.data = q_weight.data;
+  call.sides[0].bias.data = q_bias.data;
+  call.sides[1].weight.data = k_weight.data;
+  call.sides[1].bias.data = k_bias.data;
+  call.angles.cos = cos.data;
+  call.angles.sin = sin.data;
+}
+
+void set_gradients(QkNormRope& call, const Input& dq, const Input& dk, const Input& q_mean, const Input& q_rstd,
+                   const Input& k_mean, const Input& k_rstd) {
+  call.sides[0].dy.data = dq.data;
+  call.sides[1].dy.data = dk.data;
+  call.sides[0].mean = q_mean.as<float>();
+  call.sides[0].rstd = q_rstd.as<float>();
+  call.sides[1].mean = k_mean.as<float>();
+  call.sides[1].rstd = k_rstd.as<float>();
+}
+
+}  // namespace
+
 PYBIND11_MODULE(DK_MODULE, module) {
   define(module, "add_rows",
          +[](cudaStream_t stream, Input sums, Output out, int64_t groups, int64_t rows, int64_t columns) {
@@ -311,6 +373,47 @@ PYBIND11_MODULE(DK_MODULE, module) {
            feed_forward_bwd(dy.data, x.data, bias.data, dx.data, dbias_sums.as<float>(), rows, inner, columns,
                             {dy_outer, dy_inner, dy_column}, {x_outer, x_inner, x_column},
                             bias.given() ? bias.stride(0) : 0, x.dtype(), bias.dtype(), Activation(act), stream);
+         });
+
+  py::class_<QkNormRope>(module, "QkNormRope").def(py::init(&qk_norm_rope_plan));
+  define(module, "qk_norm_rope_fwd",
+         +[](cudaStream_t stream, const QkNormRope& plan, Input q, Input k, Input q_weight, Input q_bias,
+             Input k_weight, Input k_bias, Input cos, Input sin, Output q_out, Output k_out, Output q_mean,
+             Output q_rstd, Output k_mean, Output k_rstd) {
+           QkNormRope call = plan;
+           set_parameters(call, q, k, q_weight, q_bias, k_weight, k_bias, cos, sin);
+           call.sides[0].y.data = q_out.data;
+           call.sides[1].y.data = k_out.data;
+           call.sides[0].mean = q_mean.as<float>();
+           call.sides[0].rstd = q_rstd.as<float>();
+           call.sides[1].mean = k_mean.as<float>();
+           call.sides[1].rstd = k_rstd.as<float>();
+           qk_norm_rope_fwd(call, stream);
+         });
+  define(module, "qk_norm_rope_bwd",
+         +[](cudaStream_t stream, const QkNormRope& plan, Input dq_out, Input dk_out, Input q, Input k,
+             Input q_weight, Input q_bias, Input k_weight, Input k_bias, Input cos, Input sin, Input q_mean,
+             Input q_rstd, Input k_mean, Input k_rstd, Output dq, Output dk, Output q_weight_sums,
+             Output q_bias_sums, Output k_weight_sums, Output k_bias_sums) {
+           QkNormRope call = plan;
+           set_parameters(call, q, k, q_weight, q_bias, k_weight, k_bias, cos, sin);
+           set_gradients(call, dq_out, dk_out, q_mean, q_rstd, k_mean, k_rstd);
+           call.sides[0].y.data = dq.data;
+           call.sides[1].y.data = dk.data;
+           call.sides[0].weight_sums = q_weight_sums.as<float>();
+           call.sides[0].bias_sums = q_bias_sums.as<float>();
+           call.sides[1].weight_sums = k_weight_sums.as<float>();
+           call.sides[1].bias_sums = k_bias_sums.as<float>();
+           qk_norm_rope_bwd(call, stream);
+         });
+  define(module, "qk_norm_rope_bwd_angles",
+         +[](cudaStream_t stream, const QkNormRope& plan, Input dq_out, Input dk_out, Input q, Input k,
+             Input q_weight, Input q_bias, Input k_weight, Input k_bias, Input cos, Input sin, Input q_mean,
+             Input q_rstd, Input k_mean, Input k_rstd, int64_t samples, int32_t heads, Output dcos, Output dsin) {
+           QkNormRopeAngles angles{plan, {dcos.data, dcos.dtype()}, {dsin.data, dsin.dtype()}, samples, heads};
+           set_parameters(angles.call, q, k, q_weight, q_bias, k_weight, k_bias, cos, sin);
+           set_gradients(angles.call, dq_out, dk_out, q_mean, q_rstd, k_mean, k_rstd);
+           qk_norm_rope_bwd_angles(angles, stream);
          });
 
 #ifdef DK_EMULATED

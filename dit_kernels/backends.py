@@ -26,7 +26,7 @@ import torch
 # op -> the backends that "auto" tries, first to last; the reference serves what none of them takes
 TABLE: dict[str, tuple[str, ...]] = {
     "adaln": ("triton", "cuda"),
-    "qk_norm_rope": ("triton",),
+    "qk_norm_rope": ("triton", "cuda"),
     "attention3d": ("triton",),
     "patch_embed": ("triton",),
     "unpatchify": ("triton",),
