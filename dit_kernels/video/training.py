@@ -48,7 +48,7 @@ __all__ = [
 MODEL_NAME = "model.safetensors"
 
 # The velocity's loss divides by t^2; below this t that would let a few clips outweigh a batch.
-SMALLEST_TIME = 0.05
+SMALLEST_TIME = 0.1
 
 OPTIMIZERS = ("muon", "adamw")
 
@@ -96,7 +96,7 @@ def flow_matching_loss(
     Args:
         predicted: clean video the model predicts, [B, Cin, F, Y, X].
         clean: the true one.
-        t: noise level [B]; below 0.05 it counts as 0.05.
+        t: noise level [B]; below 0.1 it counts as 0.1.
         given: bool [B, F], frames that are known and don't count; None for none.
 
     Returns:
