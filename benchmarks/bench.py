@@ -325,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = write_rows(path, result, rows, describe)
     if device == "cpu" and not sweeps:
         result["host_us"] = _host_cost()
-        path.write_text(json.dumps(result, indent=1))
+        save(path, result)
     return 1 if failed else 0
 
 
@@ -353,11 +353,18 @@ def write_rows(
         else:
             result["rows"].append(row)
             print(line(row, result["ceilings"]), flush=True)
-        path.write_text(json.dumps(result, indent=1))  # as it goes: a run may be cut off
+        save(path, result)  # as it goes: a run may be cut off
     failed = [row for row in result["rows"] if "failed" in row]
     ours = sum(row["implementation"].startswith(OURS) for row in failed)
     print(f"{len(result['rows'])} rows, {len(failed)} failed, {ours} of them ours: {path}")
     return ours
+
+
+def save(path: Path, result: Row) -> None:
+    """Whole or not at all, also when the run is killed meanwhile."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1))
+    part.replace(path)
 
 
 def _host_cost() -> dict[str, float]:

@@ -110,6 +110,8 @@ def _sanitizer(tool: str) -> Stage:
 
 
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-ra")
+# most of the tests' time is Triton's compiler, one core a process
+PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 # a build that skips the extension ends well too: what counts is that it can be imported
 BUILD = (
     f"{sys.executable} setup.py build_ext --inplace && {sys.executable} -c 'import dit_kernels._C'"
@@ -119,13 +121,12 @@ REST = ("patch_embed", "unpatchify", "final_layer", "feed_forward")
 STAGES = (
     Stage(
         "peers",
-        (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade",
-         "--target", str(SITE), "{wheels}"),
+        (sys.executable, "-m", "benchmarks.peers", str(WHEELS), "--install", str(SITE)),
         10,
         no_wheels,
     ),
     Stage("build", ("sh", "-c", BUILD), 80, no_build),
-    Stage("test", (*PYTEST, "tests/gpu"), 110, no_gpu),
+    Stage("test", (*PYTEST, *PARALLEL, "tests/gpu"), 110, no_gpu),
     _sanitizer("memcheck"),
     _sanitizer("racecheck"),
     Stage("audit", (sys.executable, "-m", "benchmarks.audit"), 20, no_gpu),
@@ -185,12 +186,7 @@ def _run(stage: Stage, out: Path, log: Path, limit: float) -> str:
         # the benchmarks stop by themselves before they are stopped, so that their last row is whole
         "out": str(out), "seconds": f"{max(1.0, 0.85 * limit - 5):.0f}", "tuner": tuner() or "",
     }  # fmt: skip
-    command: list[str] = []
-    for word in stage.command:
-        if word == "{wheels}":
-            command += map(str, sorted(WHEELS.glob("*.whl")))
-        else:
-            command.append(word.format(**filled))
+    command = [word.format(**filled) for word in stage.command]
     paths = (str(ROOT), str(SITE) if SITE.is_dir() else "", os.environ.get("PYTHONPATH", ""))
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1",

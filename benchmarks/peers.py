@@ -3,7 +3,7 @@
 An adapter calls the package as its own documentation does. `accurate` in the results says whether what it
 computes is within the accuracy rule. `make peers` downloads those that fit a machine without a network:
 
-    python -m benchmarks.peers FOLDER
+    python -m benchmarks.peers FOLDER [--install SITE]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -314,7 +314,25 @@ def download(folder: Path) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def install(folder: Path, site: Path) -> int:
+    """Each wheel of the folder for itself, without a network; exit code 1 if one does not fit this Python."""
+    command = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    code = 0
+    for wheel in sorted(folder.glob("*.whl")):
+        options = ("--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site))
+        result = subprocess.run([*command, *options, str(wheel)], check=False)
+        print(f"{'installed' if result.returncode == 0 else 'NOT installed'}: {wheel.name}")
+        code |= result.returncode
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("make peers", description="Download the wheels of peers.")
-    parser.add_argument("folder", type=Path)
-    sys.exit(download(parser.parse_args().folder))
+    parser.add_argument("folder", type=Path, help="of the wheels")
+    parser.add_argument("--install", type=Path, metavar="SITE", help="install them there instead")
+    given = parser.parse_args(arguments)
+    return install(given.folder, given.install) if given.install else download(given.folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

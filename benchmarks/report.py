@@ -128,41 +128,34 @@ def _case_table(case: str, rows: list[Row], ceilings: dict[str, float]) -> list[
     names = sorted({row["implementation"] for row in measured}, key=_order)
     if not names:
         return []
-    heads = [
-        "shape",
-        "direction",
-        "rate",
-        "of the ceiling",
-        "against the best other",
-        "peak, MiB",
-        "saved, MiB",
-    ]
+    heads = ["shape", "direction", "rate", "of the ceiling", "against the best other", "peak, MiB"]
     body = []
     for (shape, direction), cells in _grouped(measured, "shape", "direction").items():
         ours, best = _ours_and_best(cells)
         ratio = f"{best['ms'] / ours['ms']:.2f}x" if ours and best else "-"
-        own = ["not measured", "not measured", ratio, "-", "-"]
+        own = ["not measured", "not measured", ratio, "-"]
         if ours:
             rate, percent = binding(ours, ceilings)
-            own = [
-                rate,
-                f"{percent:.1f}%",
-                ratio,
-                _mebi(ours["peak_bytes"]),
-                _mebi(ours["saved_bytes"]),
-            ]
+            own = [rate, f"{percent:.1f}%", ratio, _mebi(ours["peak_bytes"])]
         times = [_cell(cells.get(name), ours) for name in names]
         body.append([shape, direction, *own, *times])
-    saved = []
-    for (shape,), cells in _grouped(
-        [r for r in measured if r["direction"] == "backward"], "shape"
-    ).items():
-        found = {name: _mebi(row["saved_bytes"]) for name, row in cells.items()}
-        saved.append(f"{shape}: " + ", ".join(f"{name} {mib}" for name, mib in found.items()))
     text = [f"**{case}**\n", *_table([*heads, *(f"{name}, ms" for name in names)], body)]
-    if saved:
-        text.append("Saved for the backward, MiB. " + "; ".join(saved) + ".\n")
+    for title, key, direction in (
+        ("Most memory of a forward and backward beyond the inputs", "peak_bytes", "both"),
+        ("Saved for the backward", "saved_bytes", "backward"),
+    ):
+        found = _by_implementation([r for r in measured if r["direction"] == direction], key)
+        if found:
+            text.append(f"{title}, MiB. {'; '.join(found)}.\n")
     return text
+
+
+def _by_implementation(rows: list[Row], key: str) -> list[str]:
+    found = []
+    for (shape,), cells in _grouped([row for row in rows if row[key] is not None], "shape").items():
+        sizes = (f"{name} {_mebi(cells[name][key])}" for name in sorted(cells, key=_order))
+        found.append(f"{shape}: {', '.join(sizes)}")
+    return found
 
 
 def _grouped(rows: list[Row], *keys: str) -> dict[tuple[str, ...], dict[str, Row]]:
@@ -206,6 +199,8 @@ def _models_table(run: Run) -> list[str]:
             if "eager" in cells:
                 ratio = f"{row['per_second'] / cells['eager']['per_second']:.2f}x"
             marks = "*" if row["accurate"] is False else ""
+            if name.endswith("-graph") and row["timed_by"] == "events":
+                marks += "†"
             peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
             body.append([
                 model, f"{mode}, {measure}", name, str(row["batch"]), f"{row['ms']:.2f}{marks}",
@@ -342,13 +337,16 @@ COLOURS = {"eager": "#9db4c8", "compile": "#4f7cac", "best other": "#c0504d"}
 
 
 def _draw_bars(figure: Any, bars: list[Row], label: str = "shape") -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     axes = figure.subplots()
     figure.set_size_inches(8, 1.5 + 0.42 * len(bars))
     names = list(COLOURS)
     for i, bar in enumerate(bars):
         for j, name in enumerate(names):
             if name in bar["ratios"]:
-                axes.barh(i + 0.27 * (j - 1), bar["ratios"][name], 0.25, color=COLOURS[name])
+                width = bar["ratios"][name] - 1  # from the line at 1, where they are equal
+                axes.barh(i + 0.27 * (j - 1), width, 0.25, left=1, color=COLOURS[name])
     axes.set_yticks(range(len(bars)))
     axes.set_yticklabels(
         [f"{bar['case']} {bar[label]} {bar['direction']}".replace("  ", " ") for bar in bars],
@@ -356,10 +354,13 @@ def _draw_bars(figure: Any, bars: list[Row], label: str = "shape") -> None:
     )
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(y=0.02)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("times as long as ours; left of the line ours is slower")
-    handles = [axes.barh(0, 0, color=colour) for colour in COLOURS.values()]
+    handles = [axes.barh(0, 0, left=1, color=colour) for colour in COLOURS.values()]
     axes.legend(handles, names, fontsize=8)
 
 
@@ -408,7 +409,7 @@ def _draw_scaling(figure: Any, pairs: list[tuple[Row, dict[str, float]]]) -> Non
     figure.set_size_inches(8, 3.2 * ((len(cases) + 1) // 2))
     panels = figure.subplots((len(cases) + 1) // 2, min(2, len(cases)), squeeze=False).flat
     names = sorted({row["implementation"] for row, _ in pairs}, key=_order)
-    for panel, case in zip(panels, cases, strict=False):
+    for case, panel in zip(cases, panels, strict=False):
         for i, name in enumerate(names):
             for direction, style in (("forward", "-"), ("backward", "--")):
                 line = sorted(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 import types
+import zipfile
 
 import pytest
 import torch
@@ -265,3 +266,24 @@ def test_peers_that_travel_must_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peers, "MOST_BYTES", 1 << 20)
     assert peers.download(tmp_path) == 1
     assert "more than the 1 MiB that travel" in capsys.readouterr().err
+
+
+def test_wheels_are_installed_one_by_one(tmp_path, capfd):
+    """One that this Python cannot take does not keep the others out; no network is asked."""
+    for name, tag in (("fits", "py3-none-any"), ("other", "cp27-cp27m-any")):
+        wheel = tmp_path / f"{name}-1.0-{tag}.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"{name}.py", "value = 7")
+            folder = f"{name}-1.0.dist-info"
+            archive.writestr(
+                f"{folder}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+            )
+            archive.writestr(
+                f"{folder}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n"
+            )
+            archive.writestr(f"{folder}/RECORD", "")
+    assert peers.main([str(tmp_path), "--install", str(tmp_path / "site")]) == 1
+    printed = capfd.readouterr().out
+    assert "installed: fits-1.0" in printed
+    assert "NOT installed: other-1.0" in printed
+    assert (tmp_path / "site" / "fits.py").read_text() == "value = 7"
