@@ -27,7 +27,7 @@ __device__ __forceinline__ float exponential(float x) {
 template <typename T>
 __device__ __forceinline__ float2 sigmoids(float x) {
   const float e = exponential<T>(-fabsf(x));
-  const float near = 1.0f / (1.0f + e), far = e * near;
+  const float near = __fdividef(1.0f, 1.0f + e), far = e * near;  // one ulp, without a division's slow path
   return x < 0.0f ? make_float2(far, near) : make_float2(near, far);
 }
 
@@ -48,7 +48,7 @@ __device__ __forceinline__ float dgelu(float z) {
   }
 }
 
-__device__ __forceinline__ int64_t row_offset(int64_t m, int64_t inner, int64_t rows, RowStrides strides) {
+__device__ __forceinline__ int64_t row_offset(unsigned m, unsigned inner, unsigned rows, RowStrides strides) {
   if (inner == rows) return m * strides.inner;
   return m / inner * strides.outer + m % inner * strides.inner;
 }
@@ -63,25 +63,24 @@ __device__ __forceinline__ void load_bias(const void* bias, DType dtype, int64_t
 template <typename T, int VEC, Activation ACT>
 __global__ void __launch_bounds__(32 * WARPS)
     feed_forward_fwd_kernel(const T* __restrict__ x,  // [rows, F] or [rows, 2F]
-                            const void* __restrict__ bias, T* __restrict__ y, int64_t rows, int64_t inner,
-                            int64_t columns, int64_t chunk, RowStrides x_strides, int64_t bias_stride,
+                            const void* __restrict__ bias, T* __restrict__ y, unsigned rows, unsigned inner,
+                            unsigned columns, unsigned chunk, RowStrides x_strides, int64_t bias_stride,
                             DType bias_dtype) {
   constexpr bool GATED = ACT == Activation::swiglu_first || ACT == Activation::swiglu_second;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t tiles = (columns + 32 * VEC - 1) / (32 * VEC);
-  const int64_t column = (blockIdx.x % tiles * 32 + lane) * VEC;
-  const int64_t begin = blockIdx.x / tiles * chunk;
-  const int64_t end = begin + chunk < rows ? begin + chunk : rows;
+  const unsigned tiles = (columns + 32 * VEC - 1) / (32 * VEC);
+  const unsigned column = (blockIdx.x % tiles * 32 + lane) * VEC;
+  const unsigned begin = blockIdx.x / tiles * chunk, end = min(begin + chunk, rows);
   if (column >= columns) return;
   float bias1[VEC], bias2[VEC];
   load_bias(bias, bias_dtype, column, bias_stride, bias1);
   if constexpr (GATED) load_bias(bias, bias_dtype, columns + column, bias_stride, bias2);
   x += column * x_strides.column;
-  for (int64_t m0 = begin + warp; m0 < end; m0 += WARPS * UNROLL) {
+  for (unsigned m0 = begin + warp; m0 < end; m0 += WARPS * UNROLL) {
     float z[UNROLL][VEC], z2[UNROLL][VEC];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      const int64_t m = m0 + u * WARPS;
+      const unsigned m = m0 + u * WARPS;
       if (m >= end) break;
       const T* row = x + row_offset(m, inner, rows, x_strides);
       load_vector(row, z[u]);
@@ -89,7 +88,7 @@ __global__ void __launch_bounds__(32 * WARPS)
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      const int64_t m = m0 + u * WARPS;
+      const unsigned m = m0 + u * WARPS;
       if (m >= end) break;
       float out[VEC];
 #pragma unroll
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(32 * WARPS)
           out[i] = gelu<T, ACT == Activation::gelu_tanh>(a);
         }
       }
-      store_vector(y + m * columns + column, out);
+      store_vector(y + int64_t(m) * columns + column, out);
     }
   }
 }
@@ -113,22 +112,21 @@ __global__ void __launch_bounds__(32 * WARPS)
                             const T* __restrict__ x,   // [rows, F] or [rows, 2F]
                             const void* __restrict__ bias, T* __restrict__ dx,
                             float* __restrict__ dbias_sums,  // [parts, F or 2F]
-                            int64_t rows, int64_t inner, int64_t columns, int64_t chunk, RowStrides dy_strides,
-                            RowStrides x_strides, int64_t bias_stride, DType bias_dtype) {
+                            unsigned rows, unsigned inner, unsigned columns, unsigned chunk,
+                            RowStrides dy_strides, RowStrides x_strides, int64_t bias_stride, DType bias_dtype) {
   constexpr bool GATED = ACT == Activation::swiglu_first || ACT == Activation::swiglu_second;
   constexpr int HALVES = GATED ? 2 : 1;
   __shared__ float shared_sums[WARPS][HALVES][VEC][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t tiles = (columns + 32 * VEC - 1) / (32 * VEC);
-  const int64_t column = (blockIdx.x % tiles * 32 + lane) * VEC;
-  const int64_t part = blockIdx.x / tiles, begin = part * chunk;
-  const int64_t end = begin + chunk < rows ? begin + chunk : rows;
+  const unsigned tiles = (columns + 32 * VEC - 1) / (32 * VEC);
+  const unsigned column = (blockIdx.x % tiles * 32 + lane) * VEC;
+  const unsigned part = blockIdx.x / tiles, begin = part * chunk, end = min(begin + chunk, rows);
   const bool inside = column < columns;
   float bias1[VEC], bias2[VEC], sums[HALVES][VEC] = {};
   if (inside) {
     load_bias(bias, bias_dtype, column, bias_stride, bias1);
     if constexpr (GATED) load_bias(bias, bias_dtype, columns + column, bias_stride, bias2);
-    for (int64_t m = begin + warp; m < end; m += WARPS) {
+    for (unsigned m = begin + warp; m < end; m += WARPS) {
       float z[VEC], z2[VEC], g[VEC], dz[VEC], dz2[VEC];
       const T* row = x + row_offset(m, inner, rows, x_strides) + column * x_strides.column;
       load_vector(dy + row_offset(m, inner, rows, dy_strides) + column * dy_strides.column, g);
@@ -155,7 +153,7 @@ __global__ void __launch_bounds__(32 * WARPS)
         sums[0][i] += dz[i];
       }
       if (dx) {
-        T* out = dx + m * (HALVES * columns) + column;
+        T* out = dx + int64_t(m) * (HALVES * columns) + column;
         store_vector(out, dz);
         if constexpr (GATED) store_vector(out + columns, dz2);
       }
@@ -170,12 +168,12 @@ __global__ void __launch_bounds__(32 * WARPS)
   // thread t adds column t of the tile over the warps
   for (int t = threadIdx.x; t < HALVES * VEC * 32; t += 32 * WARPS) {
     const int half = t / (VEC * 32), at = t % (VEC * 32);
-    const int64_t to = blockIdx.x % tiles * (32 * VEC) + at;
+    const unsigned to = blockIdx.x % tiles * (32 * VEC) + at;
     if (to >= columns) continue;
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) total += shared_sums[w][half][at % VEC][at / VEC];
-    dbias_sums[part * (HALVES * columns) + half * columns + to] = total;
+    dbias_sums[int64_t(part) * (HALVES * columns) + half * columns + to] = total;
   }
 }
 
@@ -188,6 +186,15 @@ void with_activation(Activation act, Action&& action) {
     case Activation::swiglu_second: return action(std::integral_constant<Activation, Activation::swiglu_second>{});
   }
 }
+
+// The kernels count rows and columns in 32 bits; offsets are of 64.
+void check_sizes(int64_t rows, int64_t columns) {
+  if (rows > 0x7fff0000 || columns > 0x3fff0000)
+    throw std::invalid_argument(std::to_string(rows) + " rows of " + std::to_string(columns) +
+                                " columns are more than the kernel counts");
+}
+
+unsigned narrow(int64_t value) { return static_cast<unsigned>(value); }
 
 // Rows of one block: enough blocks to fill the GPU several times, not more than `most` rows
 int64_t rows_a_block(int64_t rows, int64_t tiles, int64_t most) {
@@ -210,6 +217,7 @@ int64_t backward_chunk(int64_t rows, int64_t columns) { return rows_a_block(rows
 void feed_forward_fwd(const void* x, const void* bias, void* y, int64_t rows, int64_t inner, int64_t columns,
                       RowStrides x_strides, int64_t bias_stride, DType dtype, DType bias_dtype, Activation act,
                       cudaStream_t stream) {
+  check_sizes(rows, columns);
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     with_activation(act, [&](auto activation) {
@@ -218,8 +226,8 @@ void feed_forward_fwd(const void* x, const void* bias, void* y, int64_t rows, in
         constexpr int VEC = decltype(vectorised)::value ? VECTOR<T> : 1;
         const int64_t tiles = ceil_div(columns, 32 * VEC), chunk = rows_a_block(rows, tiles, 128);
         DK_LAUNCH((feed_forward_fwd_kernel<T, VEC, ACT>), grid_of(tiles * ceil_div(rows, chunk)), 32 * WARPS, 0,
-                  stream, static_cast<const T*>(x), bias, static_cast<T*>(y), rows, inner, columns, chunk, x_strides,
-                  bias_stride, bias_dtype);
+                  stream, static_cast<const T*>(x), bias, static_cast<T*>(y), narrow(rows), narrow(inner), narrow(columns),
+                  narrow(chunk), x_strides, bias_stride, bias_dtype);
       });
     });
   });
@@ -232,6 +240,7 @@ int64_t feed_forward_bwd_parts(int64_t rows, int64_t columns) {
 void feed_forward_bwd(const void* dy, const void* x, const void* bias, void* dx, float* dbias_sums, int64_t rows,
                       int64_t inner, int64_t columns, RowStrides dy_strides, RowStrides x_strides,
                       int64_t bias_stride, DType dtype, DType bias_dtype, Activation act, cudaStream_t stream) {
+  check_sizes(rows, columns);
   const bool vectorised16 = vectors(x, columns, x_strides, dtype) && vectors(dy, columns, dy_strides, dtype);
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
@@ -242,7 +251,8 @@ void feed_forward_bwd(const void* dy, const void* x, const void* bias, void* dx,
         const int64_t tiles = ceil_div(columns, 32 * VEC), chunk = backward_chunk(rows, columns);
         DK_LAUNCH((feed_forward_bwd_kernel<T, VEC, ACT>), grid_of(tiles * ceil_div(rows, chunk)), 32 * WARPS, 0,
                   stream, static_cast<const T*>(dy), static_cast<const T*>(x), bias, static_cast<T*>(dx), dbias_sums,
-                  rows, inner, columns, chunk, dy_strides, x_strides, bias_stride, bias_dtype);
+                  narrow(rows), narrow(inner), narrow(columns), narrow(chunk), dy_strides, x_strides, bias_stride,
+                  bias_dtype);
       });
     });
   });
