@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "common.cuh"
 #include "feed_forward.h"
 #include "qk_norm_rope.h"
+#include "unpatchify.h"
 
 namespace py = pybind11;
 
@@ -414,6 +416,28 @@ PYBIND11_MODULE(DK_MODULE, module) {
            set_parameters(angles.call, q, k, q_weight, q_bias, k_weight, k_bias, cos, sin);
            set_gradients(angles.call, dq_out, dk_out, q_mean, q_rstd, k_mean, k_rstd);
            qk_norm_rope_bwd_angles(angles, stream);
+         });
+
+  define(module, "unpatchify",
+         +[](cudaStream_t stream, Input from, Output to, bool inverse, int32_t bytes, int64_t samples,
+             std::array<int32_t, 3> grid, std::array<int32_t, 3> patch, int32_t channels,
+             std::array<int32_t, 4> steps, std::array<int64_t, 3> token_strides, std::array<int64_t, 5> video_strides,
+             std::array<int32_t, 2> block) {
+           Unpatchify call{};
+           call.tokens = inverse ? to.data : from.data;
+           call.video = inverse ? from.data : to.data;
+           std::copy(token_strides.begin(), token_strides.end(), call.token_strides);
+           std::copy(video_strides.begin(), video_strides.end(), call.video_strides);
+           std::copy(grid.begin(), grid.end(), call.grid);
+           std::copy(patch.begin(), patch.end(), call.patch);
+           std::copy(steps.begin(), steps.end(), call.steps);
+           call.samples = samples;
+           call.channels = channels;
+           call.block_h = block[0];
+           call.block_w = block[1];
+           call.bytes = bytes;
+           call.inverse = inverse;
+           unpatchify(call, stream);
          });
 
 #ifdef DK_EMULATED

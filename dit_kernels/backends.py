@@ -29,7 +29,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "qk_norm_rope": ("triton", "cuda"),
     "attention3d": ("triton",),
     "patch_embed": ("triton",),
-    "unpatchify": ("triton",),
+    "unpatchify": ("triton", "cuda"),
     "final_layer": ("triton",),
     "feed_forward": ("triton", "cuda"),
 }
