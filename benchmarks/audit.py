@@ -1,13 +1,17 @@
 """The binaries of every Triton kernel, compiled without a GPU: `python -m benchmarks.audit [OP ...]`.
 
 Calls the public ops, forward and backward, at benchmark shapes with launches recorded (see `offline`),
-compiles each kernel as that call specialises it, for each target, and reads registers, spills, shared
-memory, widths of global access and matrix instructions from the binary. Writes `audit.md` and
-`audit.json` beside this file; what has not changed since (by hash of source, specialisation, options and
-Triton's version) is not compiled again.
+compiles each kernel as that call specialises it, for each target with the tiles that the target gets, and
+reads registers, spills, shared memory, widths of global access and matrix instructions from the binary.
+Writes `audit.md` and `audit.json` beside this file. What is there already is not compiled again: it is found
+by a hash of the kernel's code, of what the call specialises and of the target, whichever Triton compiled it.
 
-Fails on a spill, on a memory-bound kernel for sm_90 where a narrower width moves more bytes than the 16-byte
-loads do, and on a 16-bit dot kernel for sm_90 without HGMMA.
+Fails on
+    a spill
+    sm_90, no matrix product: narrower loads move more bytes than those of 16, or, where the rows of the
+        tensors that a kernel mainly reads are not that aligned, than those of the widest that they allow
+    sm_90, a 16-bit matrix product without HGMMA
+    with --check: a committed table that is not of this source
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,27 +87,68 @@ def _sandwich(shape: Shape, randn: Random) -> Arguments:
     return {**_tokens(shape, randn), **rows, "gate_act": "tanh", "branch_norm": "rms", "norm": "rms"}  # fmt: skip
 
 
+def _attend(dim: int, window: tuple[int, int, int] | None = None, **options: Any) -> Callable[[Shape, Random], Arguments]:  # fmt: skip
+    """Attention at the shape's grid with other head dims and forms. `kv_heads`: of 4 query heads."""
+
+    def make(shape: Shape, randn: Random) -> Arguments:
+        text, kv_heads = options.get("text_tokens", 0), options.get("kv_heads", 4)
+        q, k, v = randn(1, shape.patches + text, 4 + 2 * kv_heads, dim).split(
+            [4, kv_heads, kv_heads], dim=2
+        )
+        given = {name: value for name, value in options.items() if name != "kv_heads"}
+        if window:
+            given["window_size"] = window
+        if "cu_seqlens" in options:
+            starts = (0, shape.patches // 3, shape.patches + text)
+            given["cu_seqlens"] = torch.tensor(starts, dtype=torch.int32)
+            given["max_seqlen"] = shape.patches + text
+        elif window or text or "causal_time" in options:
+            given["grid"] = shape.grid
+        return {"q": q, "k": k, "v": v, **given}
+
+    return make
+
+
+# head dims that the table of tiles names, and its widest ones
+_DIMS = (64, 72, 80, 88, 96, 112, 128, 256)
+_WINDOW = (6, 8, 8)
+_ATTENTION = (
+    *(Case("attention3d", f"d{d}", "attention3d", _attend(d)) for d in _DIMS),
+    *(Case("attention3d", f"d{d} window", "attention3d", _attend(d, _WINDOW)) for d in _DIMS),
+    *(
+        Case("attention3d", f"d{d} {name}", "attention3d", _attend(d, **options))
+        for d in (64, 128)
+        for name, options in {
+            "window text": dict(window=_WINDOW, text_tokens=256),
+            "window causal": dict(window=_WINDOW, causal_time=True),
+            "causal": dict(causal_time=True),
+            "packed": dict(cu_seqlens=True),
+            "grouped": dict(kv_heads=1),
+        }.items()
+    ),
+)
+
 # forms that the benchmarks do not time, at the shape of a model that has them
-FORMS = {
-    "cogvideox-5b": Case("adaln", "affine", "gated_adaln", _affine),
-    "wan-14b-720p": Case("adaln", "tables", "gated_adaln", _tables),
-    "wan-1.3b-480p": Case("adaln", "row-a-token", "gated_adaln", _row_a_token),
-    "flux-1024": Case("adaln", "row-index", "gated_adaln", _row_index),
-    "mochi": Case("adaln", "sandwich", "gated_adaln", _sandwich),
+FORMS: dict[str, tuple[Case, ...]] = {
+    "cogvideox-5b": (Case("adaln", "affine", "gated_adaln", _affine),),
+    "wan-14b-720p": (Case("adaln", "tables", "gated_adaln", _tables),),
+    "wan-1.3b-480p": (Case("adaln", "row-a-token", "gated_adaln", _row_a_token), *_ATTENTION),
+    "flux-1024": (Case("adaln", "row-index", "gated_adaln", _row_index),),
+    "mochi": (Case("adaln", "sandwich", "gated_adaln", _sandwich),),
 }
 
 
-def launches(op: str, shape: str) -> Iterator[tuple[str, Launch]]:
+def launches(op: str, shape: str, target: str = "sm_90") -> Iterator[tuple[str, Launch]]:
     """(case, launch) of forward and backward of every benchmark case of the op."""
-    forms = [FORMS[shape]] if shape in FORMS else []
-    for case in (*cases_for(SHAPES[shape], (op,)), *forms):
+    for case in (*cases_for(SHAPES[shape], (op,)), *FORMS.get(shape, ())):
         if case.op != op:
             continue
         kwargs = case.make(SHAPES[shape], lambda *size: torch.empty(size, dtype=torch.bfloat16))
         wanted = [v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point()]
         for tensor in wanted:
-            tensor.requires_grad_()
-        with recorded() as found:
+            if tensor.is_leaf:
+                tensor.requires_grad_()
+        with recorded(target) as found:
             result = getattr(ops, case.function)(**kwargs, backend="triton")
             result = result if isinstance(result, tuple) else (result,)
             torch.autograd.grad(
@@ -118,10 +164,42 @@ def inspect(launch: Launch, target: str) -> dict[str, Any]:
     warps = kernel.metadata.num_warps
     shared = kernel.metadata.shared
     read = _amd if target.startswith("gfx") else _nvidia
-    row = {"warps": warps, "shared": shared, **read(kernel, target, warps, shared)}
+    row = {"tile": launch.tile, "warps": warps, "shared": shared, **read(kernel, target, warps, shared)}  # fmt: skip
     dots = re.findall(r"(?:tt\.dot|warp_group_dot|tc_gen5_mma) .*", kernel.asm["ttgir"])
     row["dot16"] = any(re.search(r"xb?f16\b", line) for line in dots)
+    row["aligned"] = math.gcd(_alignment(_read(kernel.asm["ttir"], launch.tensors)), launch.run)
     return row
+
+
+def _read(ttir: str, tensors: list[Tensor]) -> list[Tensor]:
+    """Those of a kernel's tensors that it loads from: loads are followed back to the pointers they come from."""
+    header = next(line for line in ttir.splitlines() if "tt.func public" in line)
+    pointers = re.findall(r"%(\w+): !tt\.ptr", header)
+    comes_from = dict(
+        re.findall(r"%(\w+) = tt\.(?:addptr|splat|broadcast|expand_dims|bitcast) %(\w+)", ttir)
+    )
+    found = set()
+    for name in re.findall(r"tt\.load %(\w+)", ttir):
+        while name in comes_from:
+            name = comes_from[name]
+        found.add(name)
+    pairs = zip(pointers, tensors, strict=True)
+    return [tensor for name, tensor in pairs if name in found]
+
+
+def _alignment(tensors: list[Tensor]) -> int:
+    """The widest access in bytes, at most 16, that the rows of the larger of these tensors allow."""
+    most = max((t.numel() * t.element_size() for t in tensors), default=0)
+    widest = 16
+    for t in tensors:
+        size = t.element_size()
+        if 2 * t.numel() * size < most:
+            continue
+        strides = [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1]
+        unit = 1 in strides
+        steps = [s * size for s in strides if s != 1] if unit else [size]
+        widest = math.gcd(widest, t.data_ptr(), *steps)
+    return widest
 
 
 def _nvidia(kernel: Any, target: str, warps: int, shared: int) -> dict[str, Any]:
@@ -137,7 +215,7 @@ def _nvidia(kernel: Any, target: str, warps: int, shared: int) -> dict[str, Any]
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     loads: collections.Counter[int] = collections.Counter()
     stores: collections.Counter[int] = collections.Counter()
-    for name, modifiers in re.findall(r"\b(LDGSTS|LDG|STG)((?:\.[\w]+)*)", sass):
+    for name, modifiers in re.findall(r"\b(LDGSTS|LDG|STG)\b((?:\.[\w]+)*)", sass):
         (stores if name == "STG" else loads)[_bytes(modifiers)] += 1
     tensor = re.findall(r"\b(UTCHMMA|UTCQMMA|HGMMA|QGMMA|HMMA|QMMA)\b", sass)
     return {
@@ -192,16 +270,18 @@ def _run(tool: str, *args: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def problems(target: str, row: dict[str, Any]) -> list[str]:
+def problems(row: dict[str, Any]) -> list[str]:
     found = []
     if row["spills"]:
         found.append("spills")
-    if target == "sm_90":
+    if row["target"] == "sm_90":
         moved = {int(size): int(size) * count for size, count in row["loads"].items()}
         if row["dot16"] and row["matrix"] != "HGMMA":
-            found.append("a 16-bit dot without HGMMA")
-        if not row["dot16"] and not row["tma"] and moved and max(moved, key=moved.__getitem__) < 16:
-            found.append("most loads are narrower than 16 bytes")
+            found.append("a 16-bit matrix product without HGMMA")
+        if not row["dot16"] and not row["tma"] and moved:
+            main = max(moved, key=lambda size: moved[size])
+            if main < row["aligned"]:
+                found.append(f"most bytes come by loads of {main} where {row['aligned']} fit")
     return found
 
 
@@ -210,82 +290,119 @@ def _widest(sizes: dict[Any, int]) -> str:
 
 
 def render(rows: list[dict[str, Any]]) -> str:
+    versions = " and ".join(sorted({row["triton"] for row in rows}))
     lines = [
         "# Ahead-of-time audit of the Triton kernels",
         "",
-        f"Generated by `make audit` with Triton {triton.__version__}; nothing here was run on a GPU. bfloat16; the shapes",
-        "of `benchmarks/shapes.py`. Loads and stores: the widest global access in bytes. Occupancy: resident",
-        "threads as a share of the multiprocessor's, by registers and shared memory. A kernel is listed once a",
-        "target for all calls that specialise it alike, at the first of them.",
+        f"Generated by `make audit` from binaries that Triton {versions} compiled; nothing here was run on a GPU.",
+        "bfloat16; the shapes of `benchmarks/shapes.py`. Tile: the kernel's BLOCK sizes. Loads and stores: the widest",
+        "global access in bytes; in brackets what the rows of the tensors it mainly reads allow, where less than 16.",
+        "Occupancy: resident threads as a share of the multiprocessor's, by registers and shared memory. Calls that",
+        "specialise a kernel alike share a row, named after the first of them.",
     ]
     for op in dict.fromkeys(row["op"] for row in rows):
         lines += [
             "",
             f"## {op}",
             "",
-            "| call | kernel | target | warps | registers | spills | shared | occupancy | loads | stores | matrix |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            "| call | kernel | target | tile | warps | registers | spills | shared | occupancy | loads | stores | matrix |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in rows:
             if row["op"] == op:
                 loads = "TMA" if row["tma"] else _widest(row["loads"])
-                lines.append(
-                    f"| {row['call']} | {row['kernel']} | {row['target']} | {row['warps']} | {row['registers']}"
-                    f" | {row['spills']} | {row['shared']} | {row['occupancy']:.0%} | {loads}"
-                    f" | {_widest(row['stores'])} | {row['matrix'] or '-'} |"
-                )
+                if row["aligned"] < 16:
+                    loads += f" ({row['aligned']})"
+                cells = (
+                    row["call"], row["kernel"], row["target"], row["tile"] or "-", row["warps"], row["registers"],
+                    row["spills"], row["shared"], f"{row['occupancy']:.0%}", loads, _widest(row["stores"]),
+                    row["matrix"] or "-",
+                )  # fmt: skip
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
+def wanted(op: str, target: str) -> Iterator[tuple[str, str, Launch]]:
+    """(key, call, launch) of every distinct binary."""
+    seen = set()
+    for shape in SHAPES_AUDITED:
+        for case, launch in launches(op, shape, target):
+            key = launch.key(target)
+            if key not in seen:
+                seen.add(key)
+                yield key, f"{case} {shape}", launch
+
+
+def save(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """One row a line, all or nothing."""
+    lines = [f"{json.dumps(key)}: {json.dumps(row)}" for key, row in rows.items()]
+    new = path.with_suffix(".new")
+    new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    new.replace(path)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ops", nargs="*", help="default: every op with a Triton backend")
-    parser.add_argument(
-        "--check", action="store_true", help="fail where the committed table would change"
-    )
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    store = HERE / "audit.json"
-    known = json.loads(store.read_text()) if store.exists() else {}
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
     names = [op for op, found in backends.TABLE.items() if "triton" in found]
-    rows: list[dict[str, Any]] = []
-    failures: list[str] = []
-    fresh: dict[str, Any] = {}
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {' '.join(names)}; default: all")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
+    parser.add_argument(
+        "--check", action="store_true", help="fail where the committed table would change, and leave it"
+    )  # fmt: skip
+    options = parser.parse_args()
+    unknown = set(options.ops) - set(names)
+    if unknown:
+        parser.error(f"no op {unknown.pop()!r}; there are {' '.join(names)}")
+    torch.set_num_threads(1)
+    store, table = HERE / "audit.json", HERE / "audit.md"
+    known = json.loads(store.read_text()) if store.exists() else {}
+    rows: dict[str, dict[str, Any]] = {}
     for op in names:
-        skip = bool(options.ops) and op not in options.ops
-        if skip:
-            fresh |= {key: row for key, row in known.items() if row["op"] == op}
-            rows += [row for row in known.values() if row["op"] == op]
-            continue
-        for shape in SHAPES_AUDITED:
-            for case, launch in launches(op, shape):
-                for target in TARGETS:
-                    _, _, key = launch.source(target)
-                    if key in fresh:
-                        continue
-                    row = known.get(key)
-                    if row is None:
-                        start = time.perf_counter()
-                        row = {"op": op, "call": f"{case} {shape}", "kernel": launch.name, "target": target,
-                               **inspect(launch, target)}  # fmt: skip
-                        print(f"{op}: {row['call']} {launch.name} {target} {time.perf_counter() - start:.1f} s", flush=True)  # fmt: skip
-                        known[key] = row
-                        store.write_text(json.dumps(known, indent=0) + "\n")
-                    fresh[key] = row
-                    rows.append(row)
-    for row in rows:
-        failures += [
-            f"{row['op']}: {row['call']} {row['kernel']} {row['target']}: {p}"
-            for p in problems(row["target"], row)
-        ]
-    table = HERE / "audit.md"
-    text = render(rows)
-    if options.check and (not table.exists() or table.read_text() != text):
-        failures.append("benchmarks/audit.md is not of this source: run `make audit` and commit it")
-    store.write_text(json.dumps(fresh, indent=0) + "\n")
-    table.write_text(text)
-    print("\n".join(failures) or f"{len(rows)} binaries, no spill, no narrow load")
+        # the launches of a call in order, each for every target
+        found = {}
+        for target in TARGETS:
+            if (options.ops and op not in options.ops) or target not in (options.target or TARGETS):
+                found |= {k: r for k, r in known.items() if (r["op"], r["target"]) == (op, target)}
+                continue
+            for key, call, launch in wanted(op, target):
+                row = known.get(key)
+                if row is None:
+                    start = time.perf_counter()
+                    row = {"op": op, "call": call, "kernel": launch.name, "target": target,
+                           "triton": triton.__version__, **inspect(launch, target)}  # fmt: skip
+                    seconds = time.perf_counter() - start
+                    print(f"{op}: {call} {launch.name} {target} {seconds:.1f} s {' '.join(problems(row))}", flush=True)  # fmt: skip
+                    known[key] = row
+                    if not options.check:
+                        save(store, known)
+                found[key] = {**row, "call": call}
+        rows |= _by_call(found)
+    failures = [
+        f"{row['op']}: {row['call']} {row['kernel']} {row['target']}: {problem}"
+        for row in rows.values()
+        for problem in problems(row)
+    ]
+    text = render(list(rows.values()))
+    if not options.check:
+        save(store, rows)
+        table.write_text(text)
+    elif not table.exists() or table.read_text() != text:
+        failures.append(
+            f"{table.relative_to(Path.cwd())} is not of this source: run `make audit` and commit it"
+        )
+    print("\n".join(failures) or f"{len(rows)} binaries: no spill, no narrow load")
     return 1 if failures else 0
+
+
+def _by_call(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The targets of a call's kernel beside one another, in the order of the calls."""
+    order: dict[tuple[str, str], int] = {}
+    for row in found.values():
+        order.setdefault((row["call"], row["kernel"]), len(order))
+    pairs = sorted(found.items(), key=lambda pair: order[pair[1]["call"], pair[1]["kernel"]])
+    return dict(pairs)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Baseline:
         missing: why it can't run this call here, or None.
         call: makes the function that is timed.
         has_backward: whether a gradient can be asked of it.
-        last: takes long to prepare, so it runs when everything else has been timed.
+        preparation: 0 none, 1 compilation, 2 tuning; what takes longer runs when all else has been timed.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Baseline:
     missing: Callable[[Case, Arguments], str | None]
     call: Callable[[Case, Arguments], Callable[..., Outputs]]
     has_backward: Callable[[Case], bool] = lambda case: True
-    last: bool = False
+    preparation: int = 0
 
 
 def baselines(device: str) -> Iterator[Baseline]:
@@ -50,16 +50,17 @@ def baselines(device: str) -> Iterator[Baseline]:
     if device == "cpu":
         yield _ours("reference")
     yield Baseline("eager", _every, _eager_missing, _eager)
-    yield Baseline("compile", _every, _eager_missing, _compiled("default"))
+    yield Baseline("compile", _every, _eager_missing, _compiled("default"), preparation=1)
     for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
         yield _sdpa(backend)
-    yield Baseline("flex", lambda case: case.name == "attention-window", _needs_gpu, _flex)
+    window = "attention-window"
+    yield Baseline("flex", lambda case: case.name == window, _needs_gpu, _flex, preparation=1)
     yield Baseline("varlen", lambda case: case.name == "attention-packed", _varlen_missing, _varlen)
     for peer in PEERS:
         yield _outside(peer)
     if device == "cuda":
         mode = "max-autotune-no-cudagraphs"
-        yield Baseline("compile-max", _every, _eager_missing, _compiled(mode), last=True)
+        yield Baseline("compile-max", _every, _eager_missing, _compiled(mode), preparation=2)
 
 
 def _outside(peer: Peer) -> Baseline:

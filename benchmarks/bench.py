@@ -76,7 +76,7 @@ def run(
         for baseline in baselines(device)
         if baseline.applies(point.case)
     ]
-    pairs.sort(key=lambda pair: pair[1].last)
+    pairs.sort(key=lambda pair: pair[1].preparation)
     for i, (point, baseline) in enumerate(pairs):
         if time.monotonic() > end:
             yield {"unfinished": len(pairs) - i}

@@ -209,7 +209,8 @@ def _models_table(run: Run) -> list[str]:
     note = (
         "Latency at batch 1; throughput at the batch that fills the machine, from which doubling it gains less"
         " than 3% or does not fit. Only `ours-compile-graph` is replayed from a CUDA graph. Utilisation is of the"
-        " FLOPs of the model's matrix products against the ceiling. A generation is of latents.\n"
+        " FLOPs of the model's matrix products against the ceiling. A generation is of latents. The U-Net is diffusers', as wide as makes its FLOPs those of the DiT"
+        " for images beside it.\n"
     )
     return [note, *_table(heads, body)]
 

@@ -32,7 +32,7 @@ def test_a_training_step_takes_three_forwards_and_a_guided_step_two():
 def test_a_unet_of_equal_flops_stands_beside_the_dit():
     dit, _, beside = suite.MODELS["cuda"]
     assert suite.flops(beside, "forward") == pytest.approx(suite.flops(dit, "forward"), rel=0.05)
-    small = MODELS["U-Net of tiny-image's FLOPs"]
+    small = MODELS["U-Net"]
     inputs = small.inputs(2, "cpu", torch.float32)
     assert small.make()(**inputs).shape == inputs["x"].shape
 
@@ -132,7 +132,7 @@ def test_every_model_mode_and_measure_has_its_rows():
             rows = {(m, i) for name, kind, m, i in found if (name, kind) == (model, mode)}
             measures = {"throughput"} if mode == "train" else {"latency", "throughput"}
             assert rows == {(m, i.name) for m in measures for i in suite.IMPLEMENTATIONS}
-    unets = {i for name, _, _, i in found if name.startswith("U-Net of DiT-XL/2")}
+    unets = {i for name, _, _, i in found if name == "U-Net"}
     assert unets == {"eager", "compile", "compile-cudnn"}
 
 

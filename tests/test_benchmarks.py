@@ -142,16 +142,17 @@ def test_sweeps_stay_small_on_a_cpu():
 
 
 def test_what_takes_long_to_prepare_comes_last(monkeypatch):
-    def made(name: str, last: bool) -> Baseline:
-        return Baseline(
-            name, lambda case: True, lambda *_: "absent here", lambda *_: None, last=last
-        )
+    """A run that is cut off has timed ours against eager everywhere before anything is tuned."""
 
-    monkeypatch.setattr(
-        bench, "baselines", lambda device: [made("slow", True), made("quick", False)]
-    )
+    def made(name: str, preparation: int) -> Baseline:
+        options = {"preparation": preparation}
+        return Baseline(name, lambda case: True, lambda *_: "absent", lambda *_: None, **options)
+
+    found = [made("tuned", 2), made("compiled", 1), made("ours", 0)]
+    monkeypatch.setattr(bench, "baselines", lambda device: found)
     rows = rows_of(["gelu", "swiglu"], "tiny-image", torch.float32)
-    assert [row["implementation"] for row in rows] == ["quick", "quick", "slow", "slow"]
+    names = [row["implementation"] for row in rows]
+    assert names == ["ours", "ours", "compiled", "compiled", "tuned", "tuned"]
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
