@@ -15,6 +15,7 @@
 #include "column_sums.h"
 #include "common.cuh"
 #include "feed_forward.h"
+#include "patch_embed.h"
 #include "qk_norm_rope.h"
 #include "unpatchify.h"
 
@@ -62,7 +63,7 @@ struct Output : Tensor {};
 
 #ifdef DK_EMULATED
 void declare(const Tensor& tensor, bool writable) {
-  if (!tensor.given()) return;
+  if (!tensor.given() || emulator::recording()) return;
   int64_t last = 0, elements = 1;
   for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
     elements *= tensor.size(axis);
@@ -265,6 +266,36 @@ void set_gradients(QkNormRope& call, const Input& dq, const Input& dk, const Inp
 
 }  // namespace
 
+namespace {
+
+// --- patch_embed
+
+using Axes = std::array<int32_t, 3>;
+
+PatchEmbed patch_embed_of(int64_t samples, const Axes& grid, const Axes& patch, int32_t in_channels, int32_t channels) {
+  PatchEmbed call{};
+  call.samples = samples;
+  std::copy(grid.begin(), grid.end(), call.grid);
+  std::copy(patch.begin(), patch.end(), call.patch);
+  call.in_channels = in_channels;
+  call.channels = channels;
+  return call;
+}
+
+void set_video(PatchEmbed& call, const Tensor& video, const std::array<int64_t, 5>& strides) {
+  call.video = video.data;
+  std::copy(strides.begin(), strides.end(), call.video_strides);
+  call.video_dtype = video.dtype();
+}
+
+void set_tokens(PatchEmbed& call, const Tensor& tokens, const std::array<int64_t, 3>& strides) {
+  call.tokens = tokens.data;
+  std::copy(strides.begin(), strides.end(), call.token_strides);
+  call.token_dtype = tokens.dtype();
+}
+
+}  // namespace
+
 PYBIND11_MODULE(DK_MODULE, module) {
   define(module, "add_rows",
          +[](cudaStream_t stream, Input sums, Output out, int64_t groups, int64_t rows, int64_t columns) {
@@ -440,7 +471,56 @@ PYBIND11_MODULE(DK_MODULE, module) {
            unpatchify(call, stream);
          });
 
+  define(module, "patch_embed_fwd",
+         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t in_channels, int32_t channels,
+             Input video, std::array<int64_t, 5> video_strides, Input weight, Input bias, Input pos,
+             std::array<int64_t, 2> pos_strides, Output tokens) {
+           PatchEmbed call = patch_embed_of(samples, grid, patch, in_channels, channels);
+           set_video(call, video, video_strides);
+           call.weight = {weight.data, weight.dtype()};
+           call.bias = {bias.data, bias.dtype()};
+           call.pos = {pos.data, pos.dtype()};
+           std::copy(pos_strides.begin(), pos_strides.end(), call.pos_strides);
+           const int64_t sample = int64_t{grid[0]} * grid[1] * grid[2] * channels;
+           set_tokens(call, tokens, {sample, channels, 1});
+           patch_embed_fwd(call, stream);
+         });
+  define(module, "patch_embed_bwd_video",
+         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t in_channels, int32_t channels,
+             Output dvideo, std::array<int64_t, 5> video_strides, Input weight, Input dtokens,
+             std::array<int64_t, 3> token_strides) {
+           PatchEmbed call = patch_embed_of(samples, grid, patch, in_channels, channels);
+           set_video(call, dvideo, video_strides);
+           call.weight = {weight.data, weight.dtype()};
+           set_tokens(call, dtokens, token_strides);
+           patch_embed_bwd_video(call, stream);
+         });
+  define(module, "patch_embed_bwd_weight",
+         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t in_channels, int32_t channels,
+             Input video, std::array<int64_t, 5> video_strides, Input dtokens, std::array<int64_t, 3> token_strides,
+             int64_t chunk, Output weight_sums, Output bias_sums) {
+           PatchEmbed call = patch_embed_of(samples, grid, patch, in_channels, channels);
+           set_video(call, video, video_strides);
+           set_tokens(call, dtokens, token_strides);
+           patch_embed_bwd_weight(call, chunk, weight_sums.as<float>(), bias_sums.as<float>(), stream);
+         });
+  define(module, "patch_embed_bwd_pos",
+         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t in_channels, int32_t channels,
+             Input dtokens, std::array<int64_t, 3> token_strides, Output dpos) {
+           PatchEmbed call = patch_embed_of(samples, grid, patch, in_channels, channels);
+           set_tokens(call, dtokens, token_strides);
+           patch_embed_bwd_pos(call, {dpos.data, dpos.dtype()}, stream);
+         });
+
 #ifdef DK_EMULATED
   module.def("set_seed", &emulator::set_seed, "The order of threads and blocks in the launches to come");
+  module.def("record", &emulator::record, "Launches are only noted from now on, or run again");
+  module.def("recorded", [] {
+    py::list result;
+    for (const auto& l : emulator::recorded())
+      result.append(py::make_tuple(l.kernel, py::make_tuple(l.grid.x, l.grid.y, l.grid.z),
+                                   py::make_tuple(l.block.x, l.block.y, l.block.z), l.shared_bytes));
+    return result;
+  }, "(kernel, grid, block, bytes of dynamic shared memory) of each launch since `record`");
 #endif
 }

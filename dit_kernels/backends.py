@@ -28,7 +28,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "adaln": ("triton", "cuda"),
     "qk_norm_rope": ("triton", "cuda"),
     "attention3d": ("triton",),
-    "patch_embed": ("triton",),
+    "patch_embed": ("triton", "cuda"),
     "unpatchify": ("triton", "cuda"),
     "final_layer": ("triton",),
     "feed_forward": ("triton", "cuda"),
