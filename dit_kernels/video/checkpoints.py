@@ -58,6 +58,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.close(folder)
 
 
+def remove_unfinished(path: str | Path) -> None:
+    """Remove the temporary files of `atomic_path` that nobody is left to finish."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".{path.name}.*"):
+        temporary.unlink()
+
+
 def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors and settings that `write_checkpoint` wrote.
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dit_kernels.video.checkpoints import atomic_path
+from dit_kernels.video.checkpoints import atomic_path, remove_unfinished
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 CURVE_NAME = "loss.png"
@@ -78,6 +78,8 @@ def train(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / CHECKPOINT_NAME
+    for name in (CHECKPOINT_NAME, CURVE_NAME):
+        remove_unfinished(folder / name)  # of a process that was killed as it wrote
     config = trainer.config
     # what a killed process logged after its last checkpoint is done again, and shown once
     with SummaryWriter(str(folder / LOGS_NAME), purge_step=trainer.step_number) as logs:
