@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine
+from dit_kernels import backends
 
 ROOT = machine.ROOT
 # `make peers` fills it; what is installed from it lies beside it, outside of the machine's own packages
@@ -117,7 +118,8 @@ BUILD = (
     f"{sys.executable} setup.py build_ext --inplace && {sys.executable} -c 'import dit_kernels._C'"
 )
 SHAPES = ("--shape", "dit-xl-256", "--shape", "dit-xl-1024", "--shape", "wan-1.3b-480p")
-REST = ("patch_embed", "unpatchify", "final_layer", "feed_forward")
+OWN_STAGE = ("adaln", "attention3d", "qk_norm_rope")
+REST = tuple(op for op in backends.TABLE if op not in OWN_STAGE)
 STAGES = (
     Stage(
         "peers",

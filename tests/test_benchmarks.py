@@ -271,6 +271,38 @@ def test_make_gpu_runs_dry_without_a_gpu(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.log"]
 
 
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code)
+
+
+BARE = """
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+ABSENT = {"safetensors", "typer", "rich", "diffusers", "av", "PIL", "sklearn", "matplotlib",
+          "pytest_benchmark", "transformers"}
+def found(cls, name, *args):
+    return None if name.partition(".")[0] in ABSENT else find(name, *args)
+PathFinder.find_spec = classmethod(found)
+import torch
+from benchmarks import audit, bench, bench_models, gpu, peers
+from dit_kernels.models import DiT
+DiT(hidden_size=64, depth=1, num_heads=2, input_size=(1, 8, 8))
+assert bench_models._no_diffusers() == "diffusers is not installed"
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", "tests/gpu"]))
+"""
+
+
+def test_what_a_bare_gpu_machine_runs_needs_torch_triton_and_pytest_only():
+    run = subprocess.run(
+        python(BARE), cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "test_training_step.py::test_replays" in run.stdout
+
+
 def test_stages_are_picked_by_name(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OUT", str(tmp_path))
     assert gpu.main(["test", "bench-adaln"]) == 0
@@ -283,10 +315,6 @@ def test_stages_are_picked_by_name(tmp_path, monkeypatch, capsys):
     assert (
         "no stage 'tuna'; there are peers build test memcheck racecheck" in capsys.readouterr().err
     )
-
-
-def python(code: str) -> tuple[str, ...]:
-    return (sys.executable, "-c", code)
 
 
 def test_a_stage_has_a_time_limit_and_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
@@ -317,6 +345,13 @@ def test_stages_write_eight_files_at_most():
     """The log, one JSON a benchmark, and what the tuning writes."""
     writers = [stage for stage in gpu.STAGES if any("{out}" in word for word in stage.command)]
     assert 1 + len(writers) <= 8
+
+
+def test_every_op_has_a_stage():
+    words = [
+        word for stage in gpu.STAGES if stage.name.startswith("bench-") for word in stage.command
+    ]
+    assert {op for op in backends.TABLE if op in words} == set(backends.TABLE)
 
 
 def test_a_sanitizer_that_finds_something_fails_its_stage():

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_kernels.models.dit import DiT
 
+# safetensors is imported where a file is: a bare GPU machine has torch and triton only
+
 
 def save(model: DiT, path: str | Path) -> None:
     """Write a model's weights and configuration to one safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
     path = Path(path)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -30,6 +32,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", **changes: Any) -
     Raises:
         ValueError: the file holds no DiT configuration.
     """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     if "config" not in metadata:
