@@ -3,6 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+# without a GPU, machine code for sm_90a and PTX keep the build of the tests short; a package has all
+ARCHS ?= $(if $(wildcard /dev/nvidia0),,90a-real;90-virtual)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format check bench audit gpu peers report weights clean
@@ -10,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-install: $(INSTALLED) ## The virtual environment with everything a developer needs
+install: $(INSTALLED) $(BUILT) ## The virtual environment with everything a developer needs
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -18,7 +21,12 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "No virtual environment could be made: apt-get install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV) (some minutes the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	DIT_KERNELS_CUDA=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(BUILT): $(INSTALLED) CMakeLists.txt $(wildcard csrc/*.* csrc/emulator/*.*)
+	@echo "Building the CUDA kernels, for GPUs and for the CPU (some minutes)"
+	DIT_KERNELS_CUDA=1 DIT_KERNELS_CUDA_ARCHS="$(ARCHS)" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 demo: $(INSTALLED) ## Prompts to videos from the shipped weights, then every backend against the reference
@@ -30,9 +38,10 @@ demo: $(INSTALLED) ## Prompts to videos from the shipped weights, then every bac
 	@echo '  dit-kernels generate "a nine moving up" --out nine.gif'
 	@echo "  dit-kernels evaluate"
 
-test: $(INSTALLED) ## All tests; no GPU is needed
-	$(BIN)/python -m pytest tests --ignore=tests/triton
+test: $(INSTALLED) $(BUILT) ## All tests; no GPU is needed
+	$(BIN)/python -m pytest tests --ignore=tests/triton --ignore=tests/cuda
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
+	DIT_KERNELS_EMULATE=1 $(BIN)/python -m pytest tests/cuda
 
 lint: $(INSTALLED) ## Formatting, lint and types
 	$(BIN)/ruff format --check .

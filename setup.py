@@ -28,42 +28,50 @@ ARCHS = "80-real;89-real;90a-real;100"
 ROOT = Path(__file__).parent.resolve()
 # A newer compiler's PTX is refused by a 13.0 driver.
 NVCC_PACKAGES = [
-    f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-crt", "cuda-runtime", "cuda-cccl", "nvvm")
-]  # fmt: skip
-WANTED = os.environ.get("DIT_KERNELS_CUDA", "")
-if WANTED not in ("", "0", "1"):
-    sys.exit(f"DIT_KERNELS_CUDA must be 1, 0 or unset; got {WANTED!r}")
+    f"nvidia-{name}==13.0.*"
+    for name in ("cuda-nvcc", "cuda-crt", "cuda-runtime", "cuda-cccl", "nvvm")
+]
+
+
+def wanted() -> str:
+    value = os.environ.get("DIT_KERNELS_CUDA", "")
+    if value not in ("", "0", "1"):
+        sys.exit(f"DIT_KERNELS_CUDA must be 1, 0 or unset; got {value!r}")
+    return value
 
 
 def cxx() -> str | None:
-    return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("c++")
+    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
 
 
 def toolkit_nvcc() -> Path | None:
-    """nvcc of a CUDA toolkit."""
+    """nvcc of a CUDA toolkit, from 12.8 on: the first that knows sm_100."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    found = [str(Path(home) / "bin" / "nvcc") for home in homes if home]
-    return next((Path(p) for p in (shutil.which(c) for c in ("nvcc", *found)) if p), None)
+    for candidate in ("nvcc", *(f"{home}/bin/nvcc" for home in homes if home)):
+        if nvcc := shutil.which(candidate):
+            run = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+            version = re.search(r"release (\d+)\.(\d+)", run.stdout)
+            if version and (int(version[1]), int(version[2])) >= (12, 8):
+                return Path(nvcc)
+    return None
 
 
 def packaged_nvcc() -> Path | None:
     """nvcc of the PyPI packages, which share one folder."""
     spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations or () if spec else ():
-        nvcc = Path(folder) / "cu13" / "bin" / "nvcc"
-        if nvcc.exists():
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        if (nvcc := Path(folder) / "cu13" / "bin" / "nvcc").exists():
             return nvcc
     return None
 
 
 def cuda_folders(nvcc: Path) -> tuple[Path, Path]:
     """(include folder, libcudart_static.a) of the toolkit that nvcc itself names."""
-    run = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
     top = re.search(r"^#\$ TOP=(.*)$", run.stderr, re.MULTILINE)
     home = Path(top[1]) if top else nvcc.resolve().parent.parent
     for library in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
-        runtime = home / library / "libcudart_static.a"
-        if runtime.exists():
+        if (runtime := home / library / "libcudart_static.a").exists():
             return home / "include", runtime
     sys.exit(f"no libcudart_static.a under {home}, the CUDA toolkit of {nvcc}")
 
@@ -72,15 +80,14 @@ def gpus() -> list[str]:
     """Compute capabilities of this machine's GPUs, as "90"."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        run = subprocess.run(query, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
+        run = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
         return []
     return sorted(set(run.stdout.replace(".", "").split()))
 
 
 def architectures() -> str:
-    asked = os.environ.get("DIT_KERNELS_CUDA_ARCHS")
-    if asked:
+    if asked := os.environ.get("DIT_KERNELS_CUDA_ARCHS"):
         return asked
     # wgmma and TMA are in sm_90a only
     return ";".join("90a-real" if arch == "90" else f"{arch}-real" for arch in gpus()) or ARCHS
@@ -103,79 +110,80 @@ class CMakeBuild(build_ext):
     """Each extension is configured and built by CMake in build/<name>, so that a second build is short."""
 
     def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        name = ext.name.rpartition(".")[2]
-        folder = (
-            ROOT / "build" / f"{name}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
         import pybind11
 
-        includes = [sysconfig.get_path("include"), pybind11.get_include()]
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        name = ext.name.rpartition(".")[2]
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        folder = ROOT / "build" / (name + suffix.removesuffix(".so"))
+        folder.mkdir(parents=True, exist_ok=True)
         options = {
-            "CMAKE_CXX_COMPILER": cxx(), "CMAKE_BUILD_TYPE": "Release",
-            "DK_INCLUDES": ";".join(includes), "DK_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
-            "DK_OUTPUT": folder, "DK_EMULATED": "ON" if name == "_C_emulated" else "OFF",
+            "CMAKE_CXX_COMPILER": cxx(), "CMAKE_BUILD_TYPE": "Release", "DK_SUFFIX": suffix,
+            "DK_INCLUDES": f"{sysconfig.get_path('include')};{pybind11.get_include()}",
+            "DK_EMULATED": "ON" if name == "_C_emulated" else "OFF",
         }  # fmt: skip
         if name == "_C":
-            nvcc = toolkit_nvcc() or packaged_nvcc()
-            if nvcc is None:
-                sys.exit("DIT_KERNELS_CUDA=1, and there is no nvcc on PATH; without build isolation, first: "
-                         "pip install " + " ".join(f"'{p}'" for p in NVCC_PACKAGES))  # fmt: skip
-            include, runtime = cuda_folders(nvcc)
-            archs = architectures()
-            print(f"{name}: {nvcc}, for {archs}", flush=True)
-            options |= {
-                "DK_NVCC": nvcc, "DK_CUDA_INCLUDE": include, "DK_CUDART": runtime,
-                "DK_NVCC_FLAGS": " ".join(gencode(archs)),
-            }  # fmt: skip
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        if generator:
-            options["CMAKE_MAKE_PROGRAM"] = shutil.which("ninja")
+            options |= self.cuda_options()
+        if ninja := shutil.which("ninja"):
+            options["CMAKE_MAKE_PROGRAM"] = ninja
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         with open(folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another build of the same tree
-            run = ["cmake", "-S", ROOT, "-B", folder, *generator]
-            subprocess.run([*run, *(f"-D{k}={v}" for k, v in options.items())], check=True)
-            jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another build of this tree
+            configure = ["cmake", "-S", ROOT, "-B", folder, *(["-G", "Ninja"] if ninja else [])]
+            subprocess.run([*configure, *(f"-D{k}={v}" for k, v in options.items())], check=True)
             subprocess.run(["cmake", "--build", folder, "-j", jobs], check=True)
-            built = folder / f"{name}{options['DK_SUFFIX']}"
-            # a running Python may have the old one mapped: a new file, not new bytes in it
-            shutil.copy2(built, f"{target}.new")
+            # a new file, not new bytes in one that a running Python has mapped
+            shutil.copy2(folder / f"{name}{suffix}", f"{target}.new")
             os.replace(f"{target}.new", target)
 
+    def cuda_options(self) -> dict[str, object]:
+        nvcc = toolkit_nvcc() or packaged_nvcc()
+        if nvcc is None:
+            packages = " ".join(f'"{package}"' for package in NVCC_PACKAGES)
+            sys.exit(f"no nvcc from CUDA 12.8 on: pip install {packages}, or build in isolation")
+        include, runtime = cuda_folders(nvcc)
+        archs = architectures()
+        print(f"dit_kernels._C: {nvcc}, for {archs}", flush=True)
+        return {
+            "DK_NVCC": nvcc, "DK_CUDA_INCLUDE": include, "DK_CUDART": runtime,
+            "DK_NVCC_FLAGS": " ".join(gencode(archs)),
+        }  # fmt: skip
 
-def extensions() -> list[Extension]:
-    if WANTED == "0":
+
+def extensions() -> list[str]:
+    """The modules that DIT_KERNELS_CUDA and the compilers of this machine lead to."""
+    if wanted() == "0":
         return []
-    compiler, nvcc = cxx(), toolkit_nvcc() or packaged_nvcc()
-    if WANTED == "1":
-        if compiler is None:
-            sys.exit("DIT_KERNELS_CUDA=1 needs a C++ compiler: apt-get install g++")
-        return [Extension(f"dit_kernels.{name}", []) for name in ("_C", "_C_emulated")]
-    found = ["_C_emulated"] if compiler else []
-    if nvcc and compiler:
-        found.append("_C")
-    else:
-        missing = "nvcc" if compiler else "C++ compiler"
-        print(f"CUDA kernels are skipped: no {missing}. DIT_KERNELS_CUDA=1 pip install dit-kernels takes nvcc "
-              "from PyPI; the C++ compiler is `apt-get install g++`", file=sys.stderr)  # fmt: skip
-    return [Extension(f"dit_kernels.{name}", []) for name in found]
+    if cxx() is None:
+        message = "no C++ compiler: apt-get install g++"
+        if wanted() == "1":
+            sys.exit(f"DIT_KERNELS_CUDA=1, and there is {message}")
+        print(f"CUDA kernels are skipped: {message}", file=sys.stderr)
+        return []
+    if wanted() == "1" or toolkit_nvcc() or packaged_nvcc():
+        return ["_C", "_C_emulated"]
+    print(
+        "CUDA kernels are skipped: no nvcc from CUDA 12.8 on; DIT_KERNELS_CUDA=1 takes it from PyPI",
+        file=sys.stderr,
+    )
+    return ["_C_emulated"]
 
 
 def build_requirements() -> list[str]:
-    """What pip adds to an isolated build: tools that this machine lacks."""
+    """What pip adds to an isolated build: the tools that this machine lacks."""
     modules = extensions()
-    needed = ["pybind11>=2.13"] if modules else []
-    needed += ["cmake>=3.21"] if modules and not shutil.which("cmake") else []
-    needed += ["ninja"] if modules and not shutil.which("ninja") else []
-    if WANTED == "1" and toolkit_nvcc() is None:
-        needed += NVCC_PACKAGES
-    return needed
+    if not modules:
+        return []
+    needed = ["pybind11>=2.13"]
+    needed += [] if shutil.which("cmake") else ["cmake>=3.21"]
+    needed += [] if shutil.which("ninja") else ["ninja"]
+    return needed + (NVCC_PACKAGES if "_C" in modules and toolkit_nvcc() is None else [])
 
 
-setup(
-    ext_modules=extensions(),
-    cmdclass={"build_ext": CMakeBuild},
-    setup_requires=build_requirements(),
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension(f"dit_kernels.{name}", []) for name in extensions()],
+        cmdclass={"build_ext": CMakeBuild},
+        setup_requires=build_requirements(),
+    )

@@ -13,6 +13,9 @@
 #define DK_DYNAMIC_SHARED(type, name)                                 \
   extern __shared__ __align__(1024) unsigned char dk_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(dk_dynamic_shared)
+#elif defined(DK_BINDINGS)
+// bindings.cpp of the GPU's module: the host compiler sees declarations of launchers, and no device code
+#include <cuda_runtime_api.h>
 #else
 #include "emulator/cuda.h"
 #define DK_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::emulator::dynamic_shared())
@@ -25,6 +28,8 @@ namespace dk {
 enum class DType : int { float32, float16, bfloat16 };
 
 inline int bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+#ifndef DK_BINDINGS
 
 // action(T{}) with the element type T
 template <typename Action>
@@ -256,6 +261,8 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
 #endif
 }
 
+#endif  // DK_BINDINGS
+
 // --- launching ---------------------------------------------------------------------------------------
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -272,7 +279,7 @@ bool aligned16(const void* address, int bytes, Strides... strides) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0 && ((strides * bytes % 16 == 0) && ...);
 }
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(DK_BINDINGS)
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -343,6 +350,10 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 
 // DK_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...): asynchronous; throws with the kernel's
 // name; an empty grid launches nothing. A template's commas need parentheses: DK_LAUNCH((kernel<T, 4>), ...)
+#ifdef __CUDACC__
 #define DK_LAUNCH(kernel, ...) ::dk::launch(#kernel, kernel, __VA_ARGS__)
+#else
+#define DK_LAUNCH(kernel, ...) ::dk::launch(typeid(::emulator::Kernel<(kernel)>).name(), kernel, __VA_ARGS__)
+#endif
 
 }  // namespace dk

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <tuple>
 #include <type_traits>
+#include <typeinfo>
 #include <utility>
 
 #include "runtime.h"
@@ -308,8 +309,11 @@ T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> va
 // --- launching: what <<<>>> is to nvcc -----------------------------------------------------------------
 
 namespace emulator {
-// Blocks that a kernel may think run side by side; small, so that small shapes take several steps
-inline int multiprocessors() { return 4; }
+// Small, so that small shapes take several steps
+inline int multiprocessors() { return recording() ? 132 : 4; }
+
+template <auto kernel>
+struct Kernel {};  // its type's name says which template arguments a kernel has
 
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,

@@ -4,6 +4,7 @@
 // running thread is found from the stack pointer alone, and host code is told apart from kernels.
 #include "runtime.h"
 
+#include <cxxabi.h>
 #include <dlfcn.h>
 #include <link.h>
 #include <setjmp.h>
@@ -138,6 +139,13 @@ struct Worker {
 };
 
 std::vector<Buffer> buffers;
+bool only_recording = false;
+struct Note {
+  const char* kernel;
+  Dim3 grid, block;
+  size_t shared_bytes;
+};
+std::vector<Note> notes;
 uint64_t seed = 0;
 std::mutex one_launch;
 Worker workers[MAX_WORKERS];
@@ -164,6 +172,24 @@ std::string text(const char* format, ...) {
   vsnprintf(line, sizeof line, format, rest);
   va_end(rest);
   return line;
+}
+
+// "f<float, 4>" from the mangled "emulator::Kernel<&(void dk::(anonymous namespace)::f<float, 4>(float*))>"
+std::string kernel_name(const char* mangled) {
+  int status = 0;
+  char* found = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
+  std::string name = status == 0 ? found : mangled;
+  std::free(found);
+  for (const char* noise : {"emulator::Kernel<&", "(anonymous namespace)::", "dk::", "void "})
+    for (size_t at; (at = name.find(noise)) != std::string::npos;) name.erase(at, strlen(noise));
+  if (name[0] == '(') name.erase(0, 1);
+  int depth = 0;
+  for (size_t i = 0; i < name.size(); ++i) {
+    depth += name[i] == '<';
+    depth -= name[i] == '>';
+    if (depth < 0 || (depth == 0 && name[i] == '(')) return name.substr(0, i);
+  }
+  return name;
 }
 
 std::string place(Dim3 d) { return text("(%u, %u, %u)", d.x, d.y, d.z); }
@@ -193,7 +219,7 @@ std::string source_line(const void* code) {
   {
     std::lock_guard<std::mutex> lock(launch.mutex);
     if (!launch.failed) {
-      launch.error = text("%s: block %s, thread %s", launch.kernel, place(t.block).c_str(),
+      launch.error = text("%s: block %s, thread %s", kernel_name(launch.kernel).c_str(), place(t.block).c_str(),
                           place(t.index).c_str()) +
                      source_line(code) + ": " + message;
       launch.failed = true;
@@ -774,6 +800,17 @@ void multiply(float* d, const unsigned* a, const unsigned* b, Element element) {
   });
 }
 
+void record(bool on) {
+  only_recording = on;
+  notes.clear();
+}
+bool recording() { return only_recording; }
+std::vector<Launched> recorded() {
+  std::vector<Launched> result;
+  for (const Note& n : notes) result.push_back({kernel_name(n.kernel), n.grid, n.block, n.shared_bytes});
+  return result;
+}
+
 void declare_buffer(const Buffer& buffer) {
   if (buffer.writable) memset(reinterpret_cast<void*>(buffer.begin), 0xff, buffer.end - buffer.begin);
   buffers.push_back(buffer);
@@ -784,11 +821,15 @@ void set_seed(uint64_t value) { seed = value; }
 void run(const char* kernel, Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(const void*), const void* args,
          size_t args_bytes) {
   std::lock_guard<std::mutex> lock(one_launch);
+  if (only_recording) {
+    notes.push_back({kernel, grid, block, shared_bytes});
+    return;
+  }
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (threads == 0 || threads > MAX_THREADS || block.z > 64 || grid.x > 0x7fffffffu || grid.y > 65535 ||
       grid.z > 65535 || shared_bytes > MAX_SHARED)
-    throw std::runtime_error(text("%s: invalid launch: grid %s, block %s, %zu bytes of shared memory", kernel,
+    throw std::runtime_error(text("%s: invalid launch: grid %s, block %s, %zu bytes of shared memory", kernel_name(kernel).c_str(),
                                   place(grid).c_str(), place(block).c_str(), shared_bytes));
   if (!stacks.size) {
     const size_t size = MAX_WORKERS * MAX_THREADS * STACK;

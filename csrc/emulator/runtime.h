@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace emulator {
 
@@ -25,7 +26,20 @@ void forget_buffers();
 // Threads of a block run in an order drawn from this seed, and so do the blocks.
 void set_seed(uint64_t seed);
 
+// One launch, in the order of `record`
+struct Launched {
+  std::string kernel;  // with its template arguments
+  Dim3 grid, block;
+  size_t shared_bytes;
+};
+
+// From now on launches are only noted, or run again. Tensors of calls are not looked at meanwhile.
+void record(bool on);
+bool recording();
+std::vector<Launched> recorded();  // since `record`
+
 // Runs body(args) once a thread. Throws std::runtime_error with kernel, block and thread.
+// kernel: the mangled name of its type Kernel<...>.
 void run(const char* kernel, Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(const void*),
          const void* args, size_t args_bytes);
 

@@ -53,7 +53,7 @@ def unsupported(*tensors: Tensor | None) -> str | None:
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.is_cuda == EMULATED:
+        if not (tensor.is_cpu if EMULATED else tensor.is_cuda):
             if EMULATED:
                 return f"DIT_KERNELS_EMULATE=1 runs the kernels on the CPU, and a tensor is on {tensor.device}"
             return f"its tensors are on {tensor.device}, and CUDA kernels run on a GPU"
