@@ -8,7 +8,8 @@ Three runs on the real input, without gradients:
              other floats do nothing, and the products give again what they gave
 
 So the products cost nothing again, no error of theirs is counted, and the float64 run is a few passes
-over the tokens. Compared are the results and what went into every product.
+over the tokens. Compared are the results and what went into every product. A child module with hooks
+that replace its forward (offloading, casting) counts as one product: it runs once, natively.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dit_kernels import testing
+from dit_kernels.integrations.fused import is_site
 from dit_kernels.ops.arguments import autocast_dtype
 
 Key = tuple[Any, ...]
@@ -87,34 +89,38 @@ def difference(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
+    module: nn.Module,
     replay: bool,
 ) -> str | None:
     """How the fused run differs from the native one beyond the accuracy rule, or None."""
+    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     record = _Record() if replay else None
-    with _apart(args):
-        with record or contextlib.nullcontext():
+    with _apart(given[0].device), _hooked_children(module) as children:
+        with children.run(record):
             expected = native(*args, **kwargs)
         taken = _Replay(record.products) if record else None
-        with taken or contextlib.nullcontext():
+        with children.run(taken):
             actual = fused(*args, **kwargs)
         if actual is NotImplemented:
             return None
         if taken is not None and taken.problem:
             return taken.problem
         try:
-            exact = InFloat64(_Replay(record.products) if record else None)
-            with exact, torch.autocast(_device(args, kwargs), enabled=False):
+            repeated = _Replay(record.products) if record else None
+            exact = InFloat64(repeated)
+            with torch.autocast(given[0].device.type, enabled=False), children.run(repeated, exact):
                 oracle = native(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
             return f"it could not be checked in float64 ({error})"
+    narrow = autocast_dtype(given[0])
     compared: list[tuple[str, Any, Any, Any]] = [("its result", actual, expected, oracle)]
-    if record is not None and taken is not None and exact.replay is not None:
+    if record is not None and taken is not None and repeated is not None:
         if len(taken.inputs) != len(record.products):
             return f"it makes {len(taken.inputs)} products where the module makes {len(record.products)}"
         compared = [
             (f"what goes into {product.name}", got, product.inputs, true)
             for product, got, true in zip(
-                record.products, taken.inputs, exact.replay.inputs, strict=True
+                record.products, taken.inputs, repeated.inputs, strict=True
             )
         ] + compared
     for what, *sides in compared:
@@ -125,6 +131,9 @@ def difference(
         if len({len(found) for found in leaves}) != 1:
             return f"{what} has {len(leaves[0])} tensors and not {len(leaves[1])}"
         for got, plain, true in zip(*leaves, strict=True):
+            if narrow is not None and what != "its result":
+                # autocast rounds what goes into a product, wherever it was rounded before
+                got, plain = (t.to(narrow) if t.dtype == torch.float32 else t for t in (got, plain))
             if got.dtype != plain.dtype or got.shape != plain.shape:
                 return (
                     f"{what} is {got.dtype} {list(got.shape)}, the module's own"
@@ -137,21 +146,64 @@ def difference(
 
 
 @contextlib.contextmanager
-def _apart(args: tuple[Any, ...]) -> Iterator[None]:
+def _apart(device: torch.device) -> Iterator[None]:
     """Without gradients, and without moving the random numbers on."""
+    devices = [] if device.type == "cpu" else [device]
     _thread.running = True
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
+        ):
             yield
     finally:
         _thread.running = False
 
 
-def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor):
-            return leaf.device.type
-    return "cpu"
+class _Children:
+    """The hooked modules below the checked one, for as long as the check takes."""
+
+    def __init__(self) -> None:
+        self.products: _Record | _Replay | None = None
+
+    @contextlib.contextmanager
+    def run(self, products: _Record | _Replay | None, mode: Any = None) -> Iterator[None]:
+        self.products = products
+        try:
+            with mode or products or contextlib.nullcontext():
+                yield
+        finally:
+            self.products = None
+
+    def forward(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.products is None or not running():  # another thread's call
+                return own(*args, **kwargs)
+            return self.products.child(own, args, kwargs)
+
+        return call
+
+
+@contextlib.contextmanager
+def _hooked_children(module: nn.Module) -> Iterator[_Children]:
+    children = _Children()
+    replaced = {m: m.__dict__["forward"] for m in _hooked(module)}
+    for child, own in replaced.items():
+        child.__dict__["forward"] = children.forward(own)
+    try:
+        yield children
+    finally:
+        for child, own in replaced.items():
+            child.__dict__["forward"] = own
+
+
+def _hooked(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        forward = child.__dict__.get("forward")
+        if forward is None or is_site(forward):
+            yield from _hooked(child)
+        else:
+            yield child
 
 
 @dataclass
@@ -177,22 +229,35 @@ def _inputs(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     return [t for t in (*args, *kwargs.values())[:count] if isinstance(t, Tensor)]
 
 
+def _kept(output: Any) -> Any:
+    """A copy: code may write into what a product gave."""
+    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
+
+
 class _Record(TorchFunctionMode):
     """Keeps what each product takes and gives."""
 
     def __init__(self) -> None:
         self.products: list[_Product] = []
+        self.inside = False
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        if _is_product(function, args, kwargs):
+        if not self.inside and _is_product(function, args, kwargs):
             name = getattr(function, "__name__", str(function))
-            # a copy: code may write into what a product gave
-            kept = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, result)
-            self.products.append(_Product(name, _inputs(function, args, kwargs), kept))
+            inputs = _inputs(function, args, kwargs)
+            self.products.append(_Product(name, inputs, _kept(result)))
+        return result
+
+    def child(self, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.inside = True
+        result = own(*args, **kwargs)
+        self.inside = False
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.products.append(_Product("a module with hooks", inputs, _kept(result)))
         return result
 
 
@@ -208,21 +273,25 @@ class _Replay(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        return (
-            self.give(function, args, kwargs)
-            if _is_product(function, args, kwargs)
-            else function(*args, **kwargs)
-        )
+        if _is_product(function, args, kwargs):
+            return self.give(function, args, kwargs)
+        return function(*args, **kwargs)
 
     def give(self, function: Any, args: Any, kwargs: Any) -> Any:
-        index = len(self.inputs)
         name = getattr(function, "__name__", str(function))
+        return self.next(name, _inputs(function, args, kwargs), function, args, kwargs)
+
+    def child(self, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        return self.next("a module with hooks", inputs, own, args, kwargs)
+
+    def next(self, name: str, inputs: list[Tensor], function: Any, args: Any, kwargs: Any) -> Any:
+        index = len(self.inputs)
         if index >= len(self.products) or self.products[index].name != name:
             self.problem = self.problem or f"product {index} is {name}, not the module's own"
             return function(*args, **kwargs)
-        self.inputs.append(_inputs(function, args, kwargs))
-        output = self.products[index].output
-        return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
+        self.inputs.append(inputs)
+        return _kept(self.products[index].output)
 
 
 class InFloat64(TorchFunctionMode):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_kernels.integrations.fused import Fused, attend_plainly, norm_of
+from dit_kernels.integrations.fused import Fused, attend_plainly, fits, keeps_dtype, norm_of
 from dit_kernels.integrations.recognition import Row, adapts
 
 
@@ -33,7 +33,8 @@ def norm_zero(
     temb: Tensor,
 ) -> Any:
     modulation = self.linear(self.silu(temb))
-    if not modulation.dtype == hidden_states.dtype == encoder_hidden_states.dtype:
+    tokens = (hidden_states, encoder_hidden_states)
+    if not all(keeps_dtype(x, modulation, self.norm.weight) for x in tokens):
         return NotImplemented
     shift, scale, gate, c_shift, c_scale, c_gate = modulation.chunk(6, dim=1)
     x = fused.adaln(self.norm, hidden_states, shift, scale)
@@ -64,7 +65,7 @@ def block(
     attention_kwargs: Any = None,
 ) -> Any:
     x, text = hidden_states, encoder_hidden_states
-    if not temb.dtype == x.dtype == text.dtype:
+    if not (keeps_dtype(x, temb) and keeps_dtype(text, temb)):
         return NotImplemented
     y, c_y, gate, c_gate = self.norm1(x, text, temb)
     branch, c_branch = self.attn1(
@@ -113,7 +114,7 @@ def attention(
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     if kwargs or attention_mask is not None or (self.norm_q is None and image_rotary_emb is None):
         return NotImplemented
-    if self.norm_q is not None and self.norm_q.weight.dtype != x.dtype:
+    if self.norm_q is not None and not fits(x, self.norm_q.weight):
         return NotImplemented
     q, k, v = (
         projection(x).unflatten(-1, (self.heads, -1))

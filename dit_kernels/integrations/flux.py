@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_kernels.integrations.fused import Fused, attend
+from dit_kernels.integrations.fused import Fused, attend, fits, keeps_dtype
 from dit_kernels.integrations.recognition import adapts
 from dit_kernels.integrations.shared import norm_rows, qk_rows
 
@@ -34,7 +34,7 @@ def block(
     joint_attention_kwargs: Any = None,
 ) -> Any:
     x, text = hidden_states, encoder_hidden_states
-    if temb.dtype != x.dtype or text.dtype != x.dtype:
+    if not (keeps_dtype(x, temb) and keeps_dtype(text, temb)):
         return NotImplemented
     y, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(x, emb=temb)
     c_y, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(text, emb=temb)
@@ -70,7 +70,7 @@ def single_block(
     image_rotary_emb: Any = None,
     joint_attention_kwargs: Any = None,
 ) -> Any:
-    if temb.dtype != hidden_states.dtype:
+    if not keeps_dtype(hidden_states, temb):
         return NotImplemented
     length = encoder_hidden_states.shape[1]
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
@@ -107,7 +107,7 @@ def attention(
     image_rotary_emb: Any = None,
     **kwargs: Any,
 ) -> Any:
-    if kwargs or self.norm_q.weight is None or self.norm_q.weight.dtype != hidden_states.dtype:
+    if kwargs or not fits(hidden_states, self.norm_q.weight):
         return NotImplemented
     joint = self.added_kv_proj_dim is not None
     if joint and encoder_hidden_states is None:

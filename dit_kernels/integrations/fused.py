@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_kernels import ops
+from dit_kernels.ops.arguments import autocast_dtype
 from dit_kernels.ops.feed_forward import activated_linear
 
 try:  # only the adapters of diffusers' models need it
     from diffusers.models.attention_dispatch import dispatch_attention_fn
-except ImportError:  # pragma: no cover
-    dispatch_attention_fn = None
+except ImportError:
+    dispatch_attention_fn = None  # type: ignore[assignment]
 
 _NORMS = {"LayerNorm": "layer", "FP32LayerNorm": "layer", "RMSNorm": "rms", "MochiRMSNorm": "rms"}
 
@@ -47,6 +49,18 @@ def rows(modulation: Tensor | None) -> Tensor | None:
     if modulation is not None and modulation.dim() == 3 and modulation.shape[1] == 1:
         return modulation[:, 0]
     return modulation
+
+
+def keeps_dtype(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the module's own formula of x and modulation or weights gives x's dtype, as the ops do."""
+    if autocast_dtype(x) is not None and x.dtype != torch.float32:
+        return False  # autocast makes norms float32
+    return all(o is None or torch.promote_types(x.dtype, o.dtype) == x.dtype for o in others)
+
+
+def fits(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether q or k may be normalised by the op; under autocast attention rounds it in any case."""
+    return weight is None or weight.dtype == x.dtype or autocast_dtype(x) is not None
 
 
 @dataclass(frozen=True)
@@ -108,9 +122,9 @@ class Fused:
         if own is not None and k is not None:
             arguments |= {"k_weight": norm_k.weight, "k_bias": getattr(norm_k, "bias", None)}  # type: ignore[union-attr]
         more.setdefault("rounding", self.rounding)
-        return ops.qk_norm_rope(q, k, cos=cos, sin=sin, **arguments, **more)  # type: ignore[return-value,arg-type]
+        return ops.qk_norm_rope(q, k, cos=cos, sin=sin, **arguments, **more)  # type: ignore[return-value]
 
-    def feed_forward(self, x: Tensor, act: str, linear: nn.Module) -> Tensor:
+    def feed_forward(self, x: Tensor, act: str, linear: Any) -> Tensor:
         """linear(act(x)); a plain Linear keeps only x for the backward."""
         if is_plain_linear(linear) and torch.is_grad_enabled():
             return activated_linear(x, linear.weight, linear.bias, act)
@@ -123,6 +137,11 @@ class Fused:
         )
 
 
+def is_site(forward: Any) -> bool:
+    """Whether a module's `forward` is what `patch` put there. (A hook copies a function's attributes.)"""
+    return isinstance(forward, MethodType) and getattr(forward.__func__, "is_site", False)
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward or a site's."""
     forward = module.__dict__.get("forward")
@@ -131,7 +150,7 @@ def is_hooked(module: nn.Module) -> bool:
         or module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or not (forward is None or getattr(forward, "is_site", False))
+        or not (forward is None or is_site(forward))
     )
 
 

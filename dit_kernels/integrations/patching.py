@@ -21,7 +21,7 @@ from dit_kernels.integrations.recognition import (
     processor_call,
     processor_of,
 )
-from dit_kernels.integrations.sites import Site, innermost, sites
+from dit_kernels.integrations.sites import Site, sites
 from dit_kernels.ops.arguments import check_choice
 
 KINDS = ("adaln", "qk_norm_rope", "patch_embed", "feed_forward")
@@ -205,13 +205,11 @@ class _Walk:
         if adapter.kind not in self.kinds:
             self.report.left += [(site, f"{adapter.kind} is not asked for") for site, _ in rows]
             return False
-        slot = innermost(module)
-        if slot is None:
+        if not Site(module, name, adapter, rows, self.fused, self.report, self.check).put():
             self.report.left += [
                 (site, "its forward has been replaced already") for site, _ in rows
             ]
             return False
-        slot[1](Site(module, name, adapter, rows, self.fused, self.report, self.check))
         self.report.replaced += rows
         return True
 

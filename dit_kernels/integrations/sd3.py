@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_kernels.integrations.fused import Fused, attend_plainly
+from dit_kernels.integrations.fused import Fused, attend_plainly, fits, keeps_dtype
 from dit_kernels.integrations.recognition import Row, adapts
 from dit_kernels.integrations.shared import norm_rows, qk_rows
 
@@ -38,7 +38,7 @@ def block(
     joint_attention_kwargs: Any = None,
 ) -> Any:
     x, text = hidden_states, encoder_hidden_states
-    if self._chunk_size is not None or temb.dtype != x.dtype or text.dtype != x.dtype:
+    if self._chunk_size is not None or not (keeps_dtype(x, temb) and keeps_dtype(text, temb)):
         return NotImplemented
     kwargs = joint_attention_kwargs or {}
     y, gate, shift_mlp, scale_mlp, gate_mlp, *dual = self.norm1(x, emb=temb)
@@ -70,7 +70,7 @@ def block(
 )
 def single_block(fused: Fused, self: Any, hidden_states: Tensor, temb: Tensor) -> Any:
     x = hidden_states
-    if temb.dtype != x.dtype:
+    if not keeps_dtype(x, temb):
         return NotImplemented
     y, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(x, emb=temb)
     branch = self.attn(hidden_states=y, encoder_hidden_states=None)
@@ -95,7 +95,7 @@ def attention(
     **kwargs: Any,
 ) -> Any:
     text = encoder_hidden_states
-    if self.norm_q.weight is None or self.norm_q.weight.dtype != hidden_states.dtype:
+    if not fits(hidden_states, self.norm_q.weight):
         return NotImplemented
     q, k, v = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
     q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dit_kernels import ops
-from dit_kernels.integrations.fused import Fused, is_hooked, norm_of
+from dit_kernels.integrations.fused import Fused, is_hooked, keeps_dtype, norm_of
 from dit_kernels.integrations.recognition import STRUCTURES, Adapter, Row, adapts
+from dit_kernels.ops.arguments import autocast_dtype
 
 
 def norm_rows(*rows: str | Row) -> Callable[[nn.Module], Sequence[Row] | str]:
@@ -46,7 +47,7 @@ def ada_layer_norm_zero(
     if self.emb is not None:
         emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
     emb = self.linear(self.silu(emb))
-    if emb.dtype != x.dtype:
+    if not keeps_dtype(x, emb):
         return NotImplemented
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
     return fused.adaln(self.norm, x, shift, scale), gate, shift_mlp, scale_mlp, gate_mlp
@@ -57,7 +58,7 @@ def ada_layer_norm_zero(
 )
 def ada_layer_norm_zero_single(fused: Fused, self: Any, x: Tensor, emb: Any = None) -> Any:
     shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
-    if shift.dtype != x.dtype:
+    if not keeps_dtype(x, shift):
         return NotImplemented
     return fused.adaln(self.norm, x, shift, scale), gate
 
@@ -69,7 +70,7 @@ def ada_layer_norm_continuous(
     fused: Fused, self: Any, x: Tensor, conditioning_embedding: Tensor
 ) -> Any:
     emb = self.linear(self.silu(conditioning_embedding).to(x.dtype))
-    if emb.dtype != x.dtype:
+    if not keeps_dtype(x, emb):
         return NotImplemented
     scale, shift = emb.chunk(2, dim=1)  # scale first, unlike the others
     return fused.adaln(self.norm, x, shift, scale)
@@ -82,7 +83,7 @@ def ada_layer_norm(
     if self.emb is not None:
         temb = self.emb(timestep)
     temb = self.linear(self.silu(temb))
-    if temb.dtype != x.dtype or x.dim() != 3 or self.chunk_dim != 1:
+    if not keeps_dtype(x, temb) or x.dim() != 3 or self.chunk_dim != 1:
         return NotImplemented
     shift, scale = temb.chunk(2, dim=1)
     return fused.adaln(self.norm, x, shift, scale)
@@ -95,7 +96,7 @@ def sd35_ada_layer_norm_zero_x(
     fused: Fused, self: Any, hidden_states: Tensor, emb: Any = None
 ) -> Any:
     emb = self.linear(self.silu(emb))
-    if emb.dtype != hidden_states.dtype:
+    if not keeps_dtype(hidden_states, emb):
         return NotImplemented
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, shift2, scale2, gate2 = emb.chunk(9, dim=1)
     y, y2 = fused.adaln(
@@ -113,7 +114,7 @@ def sd35_ada_layer_norm_zero_x(
 )
 def cogview3_plus_norm(fused: Fused, self: Any, x: Tensor, context: Tensor, emb: Any = None) -> Any:
     emb = self.linear(self.silu(emb))
-    if emb.dtype != x.dtype or context.dtype != x.dtype:
+    if not (keeps_dtype(x, emb) and keeps_dtype(context, emb)):
         return NotImplemented
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *text = emb.chunk(12, dim=1)
     c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = text
@@ -126,7 +127,7 @@ def cogview3_plus_norm(fused: Fused, self: Any, x: Tensor, context: Tensor, emb:
 @adapts("LuminaRMSNormZero", "a4f07c1d61b5", kind="adaln", rows=norm_rows("norm"), covers=("norm",))
 def lumina_rms_norm_zero(fused: Fused, self: Any, x: Tensor, emb: Any = None) -> Any:
     scale, gate, scale_mlp, gate_mlp = self.linear(self.silu(emb)).chunk(4, dim=1)
-    if scale.dtype != x.dtype or self.norm.weight.dtype != x.dtype:
+    if not keeps_dtype(x, scale, self.norm.weight):
         return NotImplemented
     return fused.adaln(self.norm, x, None, scale), gate, scale_mlp, gate_mlp
 
@@ -142,7 +143,7 @@ def lumina_layer_norm_continuous(
     fused: Fused, self: Any, x: Tensor, conditioning_embedding: Tensor
 ) -> Any:
     scale = self.linear_1(self.silu(conditioning_embedding).to(x.dtype))
-    if scale.dtype != x.dtype:
+    if not keeps_dtype(x, scale):
         return NotImplemented
     x = fused.adaln(self.norm, x, None, scale)
     return x if self.linear_2 is None else self.linear_2(x)
@@ -224,6 +225,7 @@ def patch_embed(fused: Fused, self: Any, video: Tensor, *args: Any, **kwargs: An
         return NotImplemented
     tokens = ops.patch_embed(video, self.weight, self.bias)
     grid = [length // p for length, p in zip(size, patch, strict=True)]
+    tokens = tokens.to(autocast_dtype(video) or video.dtype)
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 

@@ -1,15 +1,18 @@
 """A replaced forward, and how it is put under a module and taken out again.
 
-A site is an attribute `forward` of one module instance. Classes, parameters, names and submodules stay
+A site replaces `forward` of one module instance. Classes, parameters, names and submodules stay
 as they are, so that state_dict, LoRA, hooks and torch.compile see the model that they know. Hooks that
 replace `forward` themselves (accelerate's and diffusers') stay outside: the site goes below them.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,7 @@ import torch
 from torch import nn
 
 from dit_kernels.integrations import checking
-from dit_kernels.integrations.fused import Fused, is_hooked
+from dit_kernels.integrations.fused import Fused, is_hooked, is_site
 from dit_kernels.integrations.recognition import Adapter
 
 if TYPE_CHECKING:
@@ -28,9 +31,7 @@ _checks = threading.RLock()
 
 
 class Site:
-    """What runs in place of one module's forward."""
-
-    is_site = True
+    """What one module runs in place of its forward. It is the module's attribute `_dit_kernels`."""
 
     def __init__(
         self,
@@ -45,32 +46,35 @@ class Site:
         self.module, self.name, self.adapter, self.fused = module, name, adapter, fused
         self.rows, self.report = rows, report
         self.original = MethodType(type(module).forward, module)
-        self.__wrapped__ = self.original  # inspect.signature sees the module's own
         self.covers, self.serve = adapter.covers, adapter.forward
         self.processor = type(getattr(module, "processor", None))
         self.active = True
         self.check = check
         self.checked: set[checking.Key] = set()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module
-        if not self.active or type(getattr(module, "processor", None)) is not self.processor:
-            return self.original(*args, **kwargs)
-        for name in self.covers:
-            child: Any = module
-            for part in name.split("."):
-                child = None if child is None else child._modules.get(part)
-            if child is not None and is_hooked(child):
-                return self.original(*args, **kwargs)
-        if not torch.compiler.is_compiling():
-            if checking.running():
-                return self.original(*args, **kwargs)
-            if self.check:
-                self.verify(args, kwargs)
-                if not self.active:
-                    return self.original(*args, **kwargs)
-        result = self.serve(self.fused, module, *args, **kwargs)
-        return self.original(*args, **kwargs) if result is NotImplemented else result
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        copied = Site.__new__(Site)
+        memo[id(self)] = copied
+        copied.__dict__ |= self.__dict__
+        copied.module = copy.deepcopy(self.module, memo)
+        copied.original = MethodType(self.original.__func__, copied.module)
+        copied.report = copy.deepcopy(self.report, memo)
+        copied.checked = set(self.checked)
+        return copied
+
+    def __reduce__(self) -> Any:
+        """A model that is pickled comes back unpatched."""
+        return type(None), ()
+
+    def put(self) -> bool:
+        """Under the module's hooks; False where something unknown has replaced its forward."""
+        slot = innermost(self.module)
+        if slot is None:
+            return False
+        self.module.__dict__["_dit_kernels"] = self
+        kind: Any = type(self.module)
+        slot.set(MethodType(_entry(kind), self.module))
+        return True
 
     def verify(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the first call with these dtypes: compare with the module's own code; go back if they differ."""
@@ -85,6 +89,7 @@ class Site:
                 lambda *a, **k: self.serve(self.fused, self.module, *a, **k),
                 args,
                 kwargs,
+                module=self.module,
                 replay=self.adapter.replay,
             )
             if difference is None:
@@ -100,50 +105,87 @@ class Site:
             )
 
     def remove(self) -> None:
-        """Take the site out; where something else has wrapped it since, it lets every call through."""
+        """Where something else has wrapped the site since, it lets every call through from now on."""
         self.active = False
         slot = innermost(self.module)
-        if slot is not None and slot[0] is self:
-            slot[1](None)
+        if slot is not None and slot.is_site:
+            slot.set(None)
+            del self.module.__dict__["_dit_kernels"]
 
 
-def innermost(module: nn.Module) -> tuple[Any, Callable[[Any], None]] | None:
-    """The forward that runs below all hooks (None: the class's own), and how to set it; None if unknown."""
+@functools.cache
+def _entry(kind: Any) -> Callable[..., Any]:
+    """The forward of patched modules of one class.
 
-    def set_attribute(value: Any) -> None:
-        if value is None:
-            del module.__dict__["forward"]
+    One function for all of them, with the site in an attribute: torch.compile then takes one block's
+    graph for the next. It has the name and signature of the class's own.
+    """
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        site = self._dit_kernels
+        if not site.active or type(getattr(self, "processor", None)) is not site.processor:
+            return site.original(*args, **kwargs)
+        for name in site.covers:
+            child = self
+            for part in name.split("."):
+                child = None if child is None else child._modules.get(part)
+            if child is not None and is_hooked(child):
+                return site.original(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            if checking.running():
+                return site.original(*args, **kwargs)
+            if site.check:
+                site.verify(args, kwargs)
+                if not site.active:
+                    return site.original(*args, **kwargs)
+        result = site.serve(site.fused, self, *args, **kwargs)
+        return site.original(*args, **kwargs) if result is NotImplemented else result
+
+    forward.is_site = True  # type: ignore[attr-defined]
+    return forward
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the forward that runs below all hooks is kept."""
+
+    owner: Any
+    attribute: str
+    own: Any  # the class's forward, bound
+
+    @property
+    def is_site(self) -> bool:
+        return is_site(self.owner.__dict__.get(self.attribute))
+
+    def set(self, forward: Any) -> None:
+        """None: the class's own."""
+        if forward is not None:
+            self.owner.__dict__[self.attribute] = forward
+        elif isinstance(self.owner, nn.Module) and self.attribute == "forward":
+            self.owner.__dict__.pop("forward", None)
         else:
-            module.__dict__["forward"] = value
+            self.owner.__dict__[self.attribute] = self.own
 
+
+def innermost(module: nn.Module) -> Slot | None:
+    """The slot of a module; None where its forward has been replaced in a way that is not known."""
     own = MethodType(type(module).forward, module)
-    outer = module.__dict__.get("forward")
-    if outer is None or isinstance(outer, Site):
-        return outer, set_attribute
-    references = getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", None)
-    places: list[tuple[Any, str]] = []
+    slots = [Slot(module, "forward", own)]
     if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__:
-        places.append((module, "_old_forward"))
+        slots.append(Slot(module, "_old_forward", own))
+    references = getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", None)
     if references:
-        first = references[0]
-        original = getattr(first, "original_forward", None)
-        places.append((first, "forward" if original is None else "original_forward"))
-    for owner, attribute in places:
-        found = owner.__dict__[attribute]
-        if found == own or isinstance(found, Site):
-
-            def set_reference(value: Any, owner: Any = owner, attribute: str = attribute) -> None:
-                owner.__dict__[attribute] = own if value is None else value
-
-            return (found if isinstance(found, Site) else None), set_reference
+        wrapped = getattr(references[0], "original_forward", None)
+        attribute = "forward" if wrapped is None else "original_forward"
+        slots.append(Slot(references[0], attribute, own))
+    for slot in slots:
+        if slot.is_site or slot.owner.__dict__.get(slot.attribute, own) == own:
+            return slot
     return None
 
 
 def sites(model: nn.Module) -> list[Site]:
     """The sites under a model."""
-    found = []
-    for module in model.modules():
-        slot = innermost(module)
-        if slot is not None and isinstance(slot[0], Site):
-            found.append(slot[0])
-    return found
+    found = [module.__dict__.get("_dit_kernels") for module in model.modules()]
+    return [site for site in found if isinstance(site, Site)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dit_kernels.integrations.fused import Fused, attend, norm_of
+from dit_kernels.integrations.fused import Fused, attend, fits, norm_of
 from dit_kernels.integrations.recognition import Row, adapts
 
 
@@ -99,24 +99,23 @@ def attention(
         length = context.shape[1] - 512  # the text's length, fixed in the model
         image, context = context[:, :length], context[:, length:]
     q, k, v = projections(self, hidden_states, context)
-    if q.dtype != self.norm_q.weight.dtype:
+    if not fits(q, self.norm_q.weight):
         return NotImplemented
     q, k = (x.unflatten(2, (self.heads, -1)) for x in (q, k))
     v = v.unflatten(2, (self.heads, -1))
     angles = None if rotary_emb is None else halved(*rotary_emb)
-    norms = {"over": "hidden", "rounding": fused.rounding}
     if self.is_cross_attention:
         # q and k have their own lengths, and image keys a third: one call each keeps them apart
-        q, _ = fused.qk(q, None, self.norm_q, None, angles, **norms)
-        k, _ = fused.qk(k, None, self.norm_k, None, angles, **norms)
+        q, _ = fused.qk(q, None, self.norm_q, None, angles, over="hidden")
+        k, _ = fused.qk(k, None, self.norm_k, None, angles, over="hidden")
     else:
-        q, k = fused.qk(q, k, self.norm_q, self.norm_k, angles, **norms)
+        q, k = fused.qk(q, k, self.norm_q, self.norm_k, angles, over="hidden")
 
     out_image = None
     if image is not None:
         k_image, v_image = image_projections(self, image)
         k_image, v_image = (x.unflatten(2, (self.heads, -1)) for x in (k_image, v_image))
-        k_image, _ = fused.qk(k_image, None, self.norm_added_k, None, **norms)
+        k_image, _ = fused.qk(k_image, None, self.norm_added_k, None, over="hidden")
         out_image = attend(self.processor, q, k_image, v_image).flatten(2, 3).type_as(q)
     out = attend(self.processor, q, k, v, attention_mask).flatten(2, 3).type_as(q)
     if out_image is not None:
