@@ -1,5 +1,7 @@
 """The clips of moving digits: what they show, and that they are the same every time."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +17,12 @@ from dit_kernels.video.digits import (
     caption_of,
     load_scans,
     parse_caption,
+    parse_captions,
 )
 from dit_kernels.video.evaluation import motion_of
+
+# the first clip of seed 0: its caption, and what its pixels hash to
+FIRST = ("a three moving up", "69855f730a3b1779")
 
 
 def ink(video):
@@ -131,3 +137,80 @@ def test_motion_is_measured_across_the_edge():
     assert isinstance(asked, MovingDigit)
     expected = SPEED * np.array(DIRECTIONS[asked.direction])
     np.testing.assert_allclose(motion_of(ink(video)), expected, atol=1e-4)
+
+
+def test_captions_of_speeds_and_of_two_digits():
+    slow, fast = MovingDigit(7, "left", "slowly"), MovingDigit(8, "up", "quickly")
+    assert caption_of(slow) == "a seven moving left slowly"
+    assert (
+        caption_of(MovingDigit(1, "up"), fast) == "a one moving up and an eight moving up quickly"
+    )
+    for shown in ((slow,), (fast, slow), (MovingDigit(0, "down"), fast)):
+        assert parse_captions(caption_of(*shown)) == shown
+    assert parse_caption(caption_of(slow)) == slow
+    with pytest.raises(ValueError, match="caption must read"):
+        parse_caption("a seven moving left slowly quickly")
+    with pytest.raises(ValueError, match="caption must read"):
+        parse_captions("a seven moving left and")
+
+
+def test_speeds_are_as_captioned():
+    data = MovingDigits(frames=5, size=40, seed=2, speeds=True)
+    seen = set()
+    for index in range(30):
+        video, caption = data[index]
+        asked = parse_caption(caption)
+        seen.add(asked.speed)
+        step = {"slowly": 1, "": 2, "quickly": 4}[asked.speed] * np.array(
+            DIRECTIONS[asked.direction]
+        )
+        for before, after in zip(ink(video), ink(video)[1:], strict=False):
+            np.testing.assert_array_equal(np.roll(before, step, axis=(0, 1)), after)
+    assert seen == {"slowly", "", "quickly"}
+    assert set(data.words) == {*CAPTION_WORDS, "slowly", "quickly"}
+
+
+def test_two_digits_are_both_there():
+    data = MovingDigits(frames=6, size=64, seed=1, most_digits=2, channels=3)
+    scans, digits = load_scans("train")
+    counts = []
+    for index in range(10):
+        video, caption = data[index]
+        assert video.shape == (3, 6, 64, 64)
+        assert torch.equal(video[0], video[2])
+        asked = parse_captions(caption)
+        counts.append(len(asked))
+        frames = ink(video)
+        for (
+            moving
+        ) in asked:  # somewhere in the first frame, a scan of the digit, and it moves as said
+            step = 2 * np.array(DIRECTIONS[moving.direction])
+            found = [
+                (y, x)
+                for y in range(0, 64, 2) for x in range(0, 64, 2)
+                if _shows(frames, scans[digits == moving.digit], (y, x), step)
+            ]  # fmt: skip
+            assert found, caption
+    assert set(counts) == {1, 2}
+    assert set(data.words) == {*CAPTION_WORDS, "and"}
+
+
+def _shows(frames, scans, corner, step):
+    """Whether one of the scans moves by step a frame from a corner, under what else is brighter."""
+    left = np.ones(len(scans), dtype=bool)
+    for i, frame in enumerate(frames):
+        rows, columns = (
+            (c + i * s + np.arange(DIGIT_SIZE)) % n
+            for c, s, n in zip(corner, step, frame.shape, strict=True)
+        )
+        left &= (frame[np.ix_(rows, columns)] >= scans - 1e-6).all(axis=(1, 2))
+        if not left.any():
+            return False
+    return bool(left.any())
+
+
+def test_clips_of_the_first_version_stay_as_they_were():
+    """The shipped weights were trained on them."""
+    video, caption = MovingDigits(seed=0)[0]
+    assert caption == FIRST[0]
+    assert hashlib.sha256(video.numpy().tobytes()).hexdigest()[:16] == FIRST[1]

@@ -221,3 +221,111 @@ def test_a_checkpoint_of_a_later_version_says_so(tmp_path):
     write_checkpoint(tmp_path / "later", model.state_dict(), {"model": settings})
     with pytest.raises(ValueError, match="settings this version does not know: colour"):
         TextToVideo.load(tmp_path / "later")
+
+
+def test_a_step_in_parts_is_the_step(tmp_path):
+    whole, parts = (
+        Trainer(SMALL, dataclasses.replace(RUN, accumulate=n, bf16=False, optimizer="adamw"))
+        for n in (1, 4)
+    )
+    assert whole.step() == pytest.approx(parts.step(), rel=1e-5)
+    for (name, one), other in zip(
+        whole.model.named_parameters(), parts.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(one.grad, other.grad, msg=lambda text, name=name: name + text)
+    with pytest.raises(ValueError, match="accumulate must divide the clips of a step; got 3 and 4"):
+        Trainer(SMALL, dataclasses.replace(RUN, accumulate=3))
+
+
+def test_given_frames_are_clean_at_time_zero_and_not_in_the_loss(monkeypatch):
+    model = dataclasses.replace(SMALL, frames=8)  # two patches of four frames
+    trainer = Trainer(model, dataclasses.replace(RUN, given_share=0.5, batch_size=64, bf16=False))
+    clean, _, t, noise, given = trainer._draw()
+    count = given.sum(1)
+    assert 16 < (count > 0).sum() < 48
+    assert (count == 1).sum() > 8
+    assert count.max() == 7
+    assert torch.equal(given, torch.arange(8) < count[:, None])  # the first ones
+    seen = []
+
+    def forward(self, x, times, *text):
+        seen.append((x, times))
+        return torch.where(given[:, None, :, None, None], 1e6, clean + 0.1)
+
+    monkeypatch.setattr(TextToVideo, "forward", forward)
+    expected = (0.01 / t.clamp(min=0.05).square()).mean()
+    torch.testing.assert_close(
+        trainer._loss(clean, [""] * 64, t, noise, given), expected, rtol=1e-4, atol=0
+    )
+    ((x, times),) = seen
+    for row in range(64):
+        known = int(count[row])
+        assert torch.equal(x[row, :, :known], clean[row, :, :known])
+        noisy = torch.lerp(clean[row], noise[row], t[row])[:, known:]
+        torch.testing.assert_close(x[row, :, known:], noisy)
+        assert times[row].tolist() == [0 if known >= 4 else t[row], t[row]]
+
+
+def test_nothing_is_given_by_default():
+    *_, given = Trainer(SMALL, RUN)._draw()
+    assert given is None
+
+
+def test_the_first_steps_can_be_on_small_clips():
+    config = dataclasses.replace(
+        RUN, small_steps=1, small_batch_size=6, small_frames=4, small_size=16
+    )
+    trainer = Trainer(dataclasses.replace(SMALL, frames=8, size=20), config)
+    assert trainer._draw()[0].shape == (6, 1, 4, 16, 16)
+    trainer.step()
+    assert trainer._draw()[0].shape == (4, 1, 8, 20, 20)
+    trainer.step()
+
+
+def test_curves_and_logs_show_every_step_once(tmp_path):
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def stop(done, loss):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Trainer(SMALL, RUN), tmp_path, stop)
+    trainer = Trainer.load(tmp_path / CHECKPOINT_NAME)
+    assert len(trainer.losses) == 3
+    train(trainer, tmp_path)
+    logs = EventAccumulator(str(tmp_path / "logs")).Reload()
+    events = logs.Scalars("loss")
+    assert [event.step for event in events] == list(range(6))
+    assert [event.value for event in events] == pytest.approx(trainer.losses)
+    with Image.open(tmp_path / "loss.png") as curve:
+        assert curve.width > 400
+        assert len(curve.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_checkpoints_of_the_first_version_are_read(tmp_path):
+    trainer = Trainer(SMALL, RUN)
+    trainer.step()
+    trainer.save(tmp_path / "new")
+    tensors, settings = read_checkpoint(tmp_path / "new")
+    del tensors["losses"]
+    for name in ("codec", "codec_fingerprint", "text_encoder", "text_length", "objective"):
+        del settings["model"][name]
+    for name in ("small_steps", "small_batch_size", "small_frames", "small_size", "accumulate",
+                 "given_share", "clips"):  # fmt: skip
+        del settings["training"][name]
+    write_checkpoint(tmp_path / "old", tensors, settings)
+    old = Trainer.load(tmp_path / "old")
+    assert (old.config, old.model.config, old.step_number) == (RUN, SMALL, 1)
+    assert old.step() == trainer.step()
+    assert TextToVideo.load(tmp_path / "old").config == SMALL
+
+
+def test_bf16_is_left_out_where_a_gpu_only_emulates_it(monkeypatch):
+    trainer = Trainer(SMALL, RUN)
+    assert trainer._bf16()
+    trainer.device = torch.device("cuda")
+    for fast in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)  # noqa: B023
+        assert trainer._bf16() == fast
