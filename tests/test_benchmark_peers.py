@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers
+from benchmarks.baselines import baselines
 from benchmarks.cases import CASES
 from benchmarks.shapes import SWEEPS, Shape
 from dit_kernels import ops, testing
@@ -225,6 +226,34 @@ def test_an_adapter_passes_what_the_interface_wants(installed, monkeypatch, peer
         eager = testing.run(case.function, arguments, backward=adapter.backward).all()
     for key, value in actual.items():
         testing.assert_accurate(value, oracle[key], eager[key], key)
+
+
+def compared(baseline: str, name: str, shape: Shape) -> None:
+    """A baseline of torch's own, forward, by the accuracy rule."""
+    (case,) = (case for case in CASES if case.name == name)
+    arguments = case.arguments(shape, torch.float32, "cpu", 0)
+    (found,) = (b for b in baselines("cuda") if b.name == baseline)
+    actual = found.call(case, arguments)(**arguments)
+    exact = testing.converted(arguments, torch.float64)
+    oracle = testing.run(case.function, exact, backward=False, backend="reference").outputs["out0"]
+    with testing.plain_torch():
+        eager = testing.run(case.function, arguments, backward=False).outputs["out0"]
+    testing.assert_accurate(actual, oracle, eager)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("text", [0, 3])
+@pytest.mark.parametrize("window", [(1, 3, 4), (2, 2, 1), (3, 4, 5)])
+def test_flex_attention_is_given_the_same_window(monkeypatch, window, text):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    compared("flex", "attention-window", Shape(2, (3, 4, 5), 64, 2, 32, text=text, window=window))
+
+
+def test_torchs_packed_attention_is_given_the_same_sequences(monkeypatch):
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", flash_attn_varlen_func)
+    compared("varlen", "attention-packed", PACKED)
 
 
 def test_what_an_adapter_cannot_serve_has_a_reason(installed, monkeypatch):
