@@ -15,6 +15,7 @@
 #include "column_sums.h"
 #include "common.cuh"
 #include "feed_forward.h"
+#include "final_layer.h"
 #include "patch_embed.h"
 #include "qk_norm_rope.h"
 #include "unpatchify.h"
@@ -296,6 +297,44 @@ void set_tokens(PatchEmbed& call, const Tensor& tokens, const std::array<int64_t
 
 }  // namespace
 
+namespace {
+
+// --- final_layer
+
+FinalLayer final_layer_of(int64_t samples, const Axes& grid, const Axes& patch, int32_t channels,
+                          const std::array<int32_t, 4>& steps, int32_t width, int norm, double eps,
+                          const std::array<int64_t, 4>& x, const std::array<int64_t, 6>& shift,
+                          const std::array<int64_t, 6>& scale, const std::array<int64_t, 5>& video_strides) {
+  FinalLayer call{};
+  call.samples = samples;
+  std::copy(grid.begin(), grid.end(), call.grid);
+  std::copy(patch.begin(), patch.end(), call.patch);
+  std::copy(steps.begin(), steps.end(), call.steps);
+  std::copy(video_strides.begin(), video_strides.end(), call.video_strides);
+  call.channels = channels;
+  call.width = width;
+  call.norm = Norm(norm);
+  call.eps = static_cast<float>(eps);
+  call.x = tokens_of(x);
+  call.shift = rows_of(shift);
+  call.scale = rows_of(scale);
+  return call;
+}
+
+void set_operands(FinalLayer& call, const Input& x, const Input& shift, const Input& scale, const Input& weight,
+                  const Tensor& video, const Tensor& mean, const Tensor& rstd) {
+  call.x.data = x.data;
+  call.shift.data = shift.data;
+  call.scale.data = scale.data;
+  call.weight = {weight.data, weight.dtype()};
+  call.video = video.data;
+  call.video_dtype = video.dtype();
+  call.mean = mean.as<float>();
+  call.rstd = rstd.as<float>();
+}
+
+}  // namespace
+
 PYBIND11_MODULE(DK_MODULE, module) {
   define(module, "add_rows",
          +[](cudaStream_t stream, Input sums, Output out, int64_t groups, int64_t rows, int64_t columns) {
@@ -510,6 +549,49 @@ PYBIND11_MODULE(DK_MODULE, module) {
            PatchEmbed call = patch_embed_of(samples, grid, patch, in_channels, channels);
            set_tokens(call, dtokens, token_strides);
            patch_embed_bwd_pos(call, {dpos.data, dpos.dtype()}, stream);
+         });
+
+  define(module, "final_layer_fwd",
+         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t channels,
+             std::array<int32_t, 4> steps, int32_t width, int norm, double eps, std::array<int64_t, 4> x_numbers,
+             std::array<int64_t, 6> shift_rows, std::array<int64_t, 6> scale_rows,
+             std::array<int64_t, 5> video_strides, Input x, Input shift, Input scale, Input weight,
+             Input bias, Output video, Output mean, Output rstd) {
+           FinalLayer call = final_layer_of(samples, grid, patch, channels, steps, width, norm, eps, x_numbers,
+                                            shift_rows, scale_rows, video_strides);
+           set_operands(call, x, shift, scale, weight, video, mean, rstd);
+           call.bias = {bias.data, bias.dtype()};
+           final_layer_fwd(call, stream);
+         });
+  define(module, "final_layer_bwd_rows",
+         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t channels,
+             std::array<int32_t, 4> steps, int32_t width, int norm, double eps, std::array<int64_t, 4> x_numbers,
+             std::array<int64_t, 6> shift_rows, std::array<int64_t, 6> scale_rows,
+             std::array<int64_t, 5> video_strides, Input x, Input shift, Input scale, Input weight,
+             Input dvideo, Input mean, Input rstd, int32_t segment, Output dx, Output dshift, Output dscale,
+             Output shift_sums, Output scale_sums) {
+           FinalLayer call = final_layer_of(samples, grid, patch, channels, steps, width, norm, eps, x_numbers,
+                                            shift_rows, scale_rows, video_strides);
+           set_operands(call, x, shift, scale, weight, dvideo, mean, rstd);
+           final_layer_bwd_rows(call,
+                                {segment,
+                                 {dx.data, dx.dtype()},
+                                 {dshift.data, dshift.dtype()},
+                                 {dscale.data, dscale.dtype()},
+                                 shift_sums.as<float>(),
+                                 scale_sums.as<float>()},
+                                stream);
+         });
+  define(module, "final_layer_bwd_weight",
+         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t channels,
+             std::array<int32_t, 4> steps, int32_t width, int norm, double eps, std::array<int64_t, 4> x_numbers,
+             std::array<int64_t, 6> shift_rows, std::array<int64_t, 6> scale_rows,
+             std::array<int64_t, 5> video_strides, Input x, Input shift, Input scale, Input weight,
+             Input dvideo, Input mean, Input rstd, int64_t chunk, Output weight_sums, Output bias_sums) {
+           FinalLayer call = final_layer_of(samples, grid, patch, channels, steps, width, norm, eps, x_numbers,
+                                            shift_rows, scale_rows, video_strides);
+           set_operands(call, x, shift, scale, weight, dvideo, mean, rstd);
+           final_layer_bwd_weight(call, chunk, weight_sums.as<float>(), bias_sums.as<float>(), stream);
          });
 
 #ifdef DK_EMULATED

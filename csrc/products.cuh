@@ -66,6 +66,8 @@ struct Product {
       }
     } else {
       const int row0 = threadIdx.x / 16, column0 = threadIdx.x % 16;
+      // a sum of its own for each tile: long depths lose less to rounding
+      float sum[8][4] = {};
       for (int k = 0; k < depth; ++k) {
         float b[4];
 #pragma unroll
@@ -78,8 +80,13 @@ struct Product {
           const int row = row0 + 16 * i;
           const float a = left[LEFT_ACROSS ? k * L + row : row * L + k];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) at[i][j][0] = fmaf(a, b[j], at[i][j][0]);
+          for (int j = 0; j < 4; ++j) sum[i][j] = fmaf(a, b[j], sum[i][j]);
         }
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) at[i][j][0] += sum[i][j];
       }
     }
   }

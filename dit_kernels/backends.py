@@ -30,7 +30,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "attention3d": ("triton",),
     "patch_embed": ("triton", "cuda"),
     "unpatchify": ("triton", "cuda"),
-    "final_layer": ("triton",),
+    "final_layer": ("triton", "cuda"),
     "feed_forward": ("triton", "cuda"),
 }
 NAMES = ("auto", "reference", "triton", "cuda")
