@@ -91,6 +91,8 @@ def _section(run: Run) -> str:
     )
     rows = run["rows"]
     what = "models" if _models(run) else ", ".join(sorted({row["op"] for row in rows}))
+    if any("sweep" in row for row in rows):
+        what = f"sweeps over {', '.join(dict.fromkeys(r['sweep'] for r in rows if 'sweep' in r))}"
     lines = [
         f"### {what}\n",
         f"{head}. Copy {ceilings['copy_gbps']:.0f} GB/s, matrix product {ceilings['matmul_tflops']:.3g} TFLOP/s,"
@@ -216,7 +218,14 @@ def _models_table(run: Run) -> list[str]:
 
 
 def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    rule = "|" + "|".join("---" if i < 2 else "---:" for i in range(len(heads))) + "|"
+    """Columns of numbers are aligned to the right."""
+    columns = zip(*body, strict=True) if body else ((),) * len(heads)
+    numbers = [
+        any(cell[:1].isdigit() for cell in cells)
+        and all(cell[:1].isdigit() or cell in ("-", "not measured") for cell in cells)
+        for cells in columns
+    ]
+    rule = "|" + "|".join("---:" if number else "---" for number in numbers) + "|"
     return [f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(line)} |" for line in body), ""]
 
 

@@ -438,6 +438,7 @@ def test_the_report_shows_losses_and_what_was_not_measured():
     assert "| s | backward | 500 GB/s | 12.5% | 1.50x | 3.0 | 2.0000 |" in text
     assert "Saved for the backward, MiB. s: triton 2.0, eager 2.0, compile 2.0; tokens 256:" in text
     assert "- cuda: not built (adaln s)" in text
+    assert "### sweeps over tokens" in text
     assert "- flex in adaln s: RuntimeError: no" in text
     assert "Out of time with 3 measurements not begun." in text
     assert (
