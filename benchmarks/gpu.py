@@ -5,7 +5,8 @@
 Needs torch, triton and pytest; nvcc, cmake, ninja and pybind11 for the build. Stages share the seconds in
 proportion to their weights: what one leaves over the later ones get, and stages that are picked by name get
 all. Each writes its results and its log as it goes and cannot stop the next. At most eight files are written,
-to $OUT or to benchmarks/results/<device>; a summary comes last.
+to $OUT or to benchmarks/results/<device>; a summary comes last. Set COMMIT where the tree is a copy without
+its history: results name the commit they are of.
 """
 
 from __future__ import annotations

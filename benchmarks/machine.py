@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -76,9 +77,12 @@ def _product(side: int, dtype: torch.dtype, device: str) -> float:
 
 
 def _commit() -> str:
+    """COMMIT where it is set: a copy of the tree on another machine may have no history."""
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
     try:
         run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
             cwd=ROOT, capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):

@@ -370,6 +370,19 @@ def test_results_folder_is_named_after_the_card(monkeypatch, name, folder):
     assert machine.folder("cuda") == folder
 
 
+def test_results_name_their_commit(monkeypatch):
+    monkeypatch.delenv("COMMIT", raising=False)
+    run = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if run.returncode == 0:
+        assert machine.describe("cpu")["commit"].split("-")[0] == run.stdout[:12]
+    else:
+        assert machine.describe("cpu")["commit"] == "unknown"
+    monkeypatch.setenv("COMMIT", "0123abc")
+    assert machine.describe("cpu")["commit"] == "0123abc"
+
+
 def test_the_committed_pages_are_what_the_committed_results_give():
     runs = report.read_runs()
     assert report.PAGE.read_text() == report.page(runs)
