@@ -1,0 +1,326 @@
+"""The binaries of the CUDA kernels, compiled without a GPU: `python -m benchmarks.audit_cuda`.
+
+Calls the public ops, forward and backward, at the benchmark shapes with launches recorded by the emulator's
+extension: these kernels, with their template arguments, threads and dynamic shared memory, are the ones
+that default configurations reach. nvcc compiles each source for each architecture, and registers, spills,
+shared memory, widths of global access and matrix instructions are read from the machine code. Writes
+`audit_cuda.md` and `audit_cuda.json` beside this file; a source is compiled again when it, a header it
+includes, the flags or the compiler's version changed.
+
+Fails on a spill, and on a kernel most of whose bytes come by loads narrower than 16: those inside its
+loops, or all where it has no loop that loads. --check compiles nothing and fails where the committed table
+is not of these sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["DIT_KERNELS_EMULATE"] = "1"
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import cases_for
+from benchmarks.shapes import SHAPES
+from dit_kernels import backends, ops
+from dit_kernels.ops import cuda_extension
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+ARCHS = ("80", "89", "90a", "100")
+# per multiprocessor: registers, threads, blocks, shared memory in KiB
+LIMITS = {
+    "80": (65536, 2048, 32, 164),
+    "89": (65536, 1536, 24, 100),
+    "90a": (65536, 2048, 32, 228),
+    "100": (65536, 2048, 32, 228),
+}
+# kernels whose narrow loads are no fault, and why
+NARROW: dict[str, str] = {}
+
+Row = dict[str, Any]
+Call = tuple[str, tuple[int, int, int], tuple[int, int, int], int]
+
+
+def calls(op: str) -> Iterator[tuple[str, Call]]:
+    """(label, launch) of each kernel that the op reaches at the benchmark shapes, once a configuration."""
+    kernels, seen = cuda_extension.kernels(), set()
+    for name, shape in SHAPES.items():
+        for case in cases_for(shape, (op,)):
+            kwargs = case.make(shape, lambda *size: torch.empty(size, dtype=torch.bfloat16))
+            wanted = [v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point()]
+            for tensor in wanted:
+                tensor.requires_grad_()
+            kernels.record(True)
+            try:
+                result = getattr(ops, case.function)(**kwargs, backend="cuda")
+                result = result if isinstance(result, tuple) else (result,)
+                torch.autograd.grad(
+                    result, wanted, [torch.empty_like(t) for t in result], allow_unused=True
+                )
+                found = kernels.recorded()
+            except backends.Unsupported as reason:
+                print(f"{case.name} {name}: {reason}", flush=True)
+                continue
+            finally:
+                kernels.record(False)
+            for kernel, grid, block, shared in found:
+                if (kernel, block, shared) not in seen:
+                    seen.add((kernel, block, shared))
+                    yield f"{case.name} {name}", (kernel, grid, block, shared)
+
+
+def sources(source: Path) -> list[Path]:
+    """The file and the headers of this folder that it includes, directly or not."""
+    found = [source]
+    for path in found:
+        for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE):
+            header = ROOT / "csrc" / name
+            if header.exists() and header not in found and "emulator" not in name:
+                found.append(header)
+    return found
+
+
+def key(source: Path, flags: list[str], version: str) -> str:
+    text = "".join(path.read_text() for path in sources(source))
+    return hashlib.sha256(f"{text} {flags} {version}".encode()).hexdigest()[:16]
+
+
+def build_flags() -> list[str]:
+    flags = re.search(
+        r"set\(DK_CUDA_FLAGS (.*?)\)", (ROOT / "CMakeLists.txt").read_text(), re.DOTALL
+    )
+    assert flags is not None
+    return flags[1].split()
+
+
+def compiler() -> tuple[Path, str]:
+    """nvcc as setup.py finds it, and its version."""
+    spec = importlib.util.spec_from_file_location("build_of_the_project", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    nvcc = build.toolkit_nvcc() or build.packaged_nvcc()
+    if nvcc is None:
+        packages = " ".join(f'"{package}"' for package in build.NVCC_PACKAGES)
+        sys.exit(f"no nvcc: put one on PATH, or pip install {packages}")
+    version = re.search(r"V[\d.]+", _run(nvcc, "--version"))
+    assert version is not None
+    return nvcc, version[0]
+
+
+def inspect(source: Path, arch: str, nvcc: Path, flags: list[str]) -> dict[str, Row]:
+    """What the machine code of each kernel of the source says."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        _run(nvcc, "-cubin", f"-arch=sm_{arch}", *flags, "-I", ROOT / "csrc", source, "-o", cubin)
+        usage = _run(_tool("cuobjdump"), "-res-usage", cubin)
+        sass = _run(_tool("nvdisasm"), "-c", cubin)
+    resources = dict(
+        re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", usage),
+    )
+    code = dict(
+        re.findall(r"^\.text\.(\S+):\n(.*?)(?=^\.text\.|\Z)", sass, re.MULTILINE | re.DOTALL)
+    )
+    names = dict(zip(resources, demangled(list(resources)), strict=True))
+    rows = {}
+    for mangled, text in resources.items():
+        used = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
+        rows[names[mangled]] = {"registers": used["REG"], "shared": _static(used, arch), **read(code[mangled])}  # fmt: skip
+    return rows
+
+
+def _static(used: dict[str, int], arch: str) -> int:
+    """Without the KiB that the system keeps, which is counted in from sm_90 on."""
+    return used["SHARED"] - (1024 if int(arch.rstrip("a")) >= 90 else 0)
+
+
+def demangled(names: list[str]) -> list[str]:
+    """As the emulator names kernels: template arguments without namespaces, return type and parameters."""
+    run = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)  # fmt: skip
+    result = []
+    for name in run.stdout.splitlines():
+        name = re.sub(r"_GLOBAL__N__\w+?::|\(anonymous namespace\)::|dk::|^void ", "", name)
+        depth = 0
+        for i, character in enumerate(name):
+            depth += (character == "<") - (character == ">")
+            if depth == 0 and character == "(":
+                name = name[:i]
+                break
+        result.append(name)
+    return result
+
+
+def read(sass: str) -> Row:
+    lines = sass.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L_x_\d+):", line))}
+    inside = [False] * len(lines)
+    for i, line in enumerate(lines):
+        if m := re.search(r"\bBRA(?:\.\w+)*\s.*`\((\.L_x_\d+)\)", line):
+            start = labels.get(m[1], i)
+            for j in range(start, i):
+                inside[j] = True
+    loads: dict[bool, collections.Counter[int]] = {True: collections.Counter(), False: collections.Counter()}  # fmt: skip
+    stores: collections.Counter[int] = collections.Counter()
+    for i, line in enumerate(lines):
+        if m := re.search(r"\b(LDGSTS|LDG|STG)\b((?:\.\w+)*)", line):
+            size = _bytes(m[2])
+            if m[1] == "STG":
+                stores[size] += 1
+            else:
+                loads[inside[i]][size] += 1
+    main = loads[True] or loads[False]
+    moved = {size: size * count for size, count in main.items()}
+    matrix = re.findall(r"\b(UTCHMMA|HGMMA|HMMA|QGMMA)\b", sass)
+    everything = loads[True] + loads[False]
+    return {
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "main_load": max(moved, key=lambda size: moved[size]) if moved else 0,
+        "load": max(everything, default=0), "store": max(stores, default=0),
+        "asynchronous": "LDGSTS" in sass, "tma": "UTMALDG" in sass,
+        "matrix": max(set(matrix), key=matrix.count) if matrix else "",
+    }  # fmt: skip
+
+
+def _bytes(modifiers: str) -> int:
+    for bits in (256, 128, 64):
+        if f".{bits}" in modifiers:
+            return bits // 8
+    return 2 if ".U16" in modifiers or ".S16" in modifiers else 1 if "8" in modifiers else 4
+
+
+def occupancy(arch: str, row: Row, threads: int, dynamic: int) -> float:
+    """Resident threads as a share of what a multiprocessor holds."""
+    registers, most, blocks, kib = LIMITS[arch]
+    warps = -(-threads // 32)
+    per_warp = -(-row["registers"] * 32 // 256) * 256
+    resident = min(
+        blocks, most // (32 * warps), registers // (per_warp * warps),
+        kib * 1024 // (row["shared"] + dynamic + 1024),
+    )  # fmt: skip
+    return resident * warps * 32 / most
+
+
+def problems(row: Row) -> list[str]:
+    found = []
+    if row["spills"]:
+        found.append("spills")
+    narrow = 0 < row["main_load"] < 16 and not row["tma"]
+    if narrow and row["kernel"].partition("<")[0] not in NARROW:
+        found.append(f"most bytes come by loads of {row['main_load']}")
+    if row["occupancy"] == 0:
+        found.append("not even one block fits")
+    return found
+
+
+def render(rows: list[Row], version: str) -> str:
+    lines = [
+        "# Ahead-of-time audit of the CUDA kernels",
+        "",
+        f"Generated by `make audit` with nvcc {version}; nothing here was run on a GPU. bfloat16; the kernels that the",
+        "public ops launch at the shapes of `benchmarks/shapes.py`, each at the first call that reaches it. Loads and",
+        "stores: the widest global access in bytes, main: what brings most bytes, in the loops of a kernel that has",
+        "them. Occupancy: resident threads as a share of the multiprocessor's, by registers and shared memory.",
+    ]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        lines += [
+            "",
+            f"## {op}",
+            "",
+            "| call | kernel | target | threads | registers | spills | shared | occupancy | main | loads | stores | async | matrix |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in (row for row in rows if row["op"] == op):
+            copies = "UTMALDG" if row["tma"] else "LDGSTS" if row["asynchronous"] else "-"
+            lines.append(
+                f"| {row['call']} | `{row['kernel']}` | sm_{row['arch']} | {row['threads']} | {row['registers']}"
+                f" | {row['spills']} | {row['shared'] + row['dynamic']} | {row['occupancy']:.0%}"
+                f" | {row['main_load'] or '-'} | {row['load'] or '-'} | {row['store'] or '-'} | {copies}"
+                f" | {row['matrix'] or '-'} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _tool(name: str) -> Path:
+    """cuobjdump and nvdisasm come with Triton."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _run(*command: object) -> str:
+    run = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{run.stdout}{run.stderr}")
+    return run.stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compile nothing; fail where the table is old")  # fmt: skip
+    options = parser.parse_args()
+    if reason := cuda_extension.unavailable():
+        sys.exit(f"{reason}: {cuda_extension.FIXES[reason]}")
+    torch.set_num_threads(1)
+    store = HERE / "audit_cuda.json"
+    known: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+    flags = build_flags()
+    # a check needs no compiler: the table says which one made it
+    nvcc, version = (Path(), known.get("version", "")) if options.check else compiler()
+    binaries: dict[str, dict[str, Row]] = {arch: {} for arch in ARCHS}
+    fresh: dict[str, Any] = {"version": version}
+    failures = []
+    for source in sorted((ROOT / "csrc").glob("*.cu")):
+        hashed = key(source, flags, version)
+        for arch in ARCHS:
+            name = f"{source.stem} sm_{arch}"
+            entry = known.get(name)
+            if entry is None or entry["key"] != hashed:
+                if options.check:
+                    failures.append(f"{name}: the table is of other sources, flags or compiler: run `make audit` and commit it")  # fmt: skip
+                    continue
+                start = time.perf_counter()
+                entry = {"key": hashed, "kernels": inspect(source, arch, nvcc, flags)}
+                print(f"{name} {time.perf_counter() - start:.0f} s", flush=True)
+                store.write_text(json.dumps({**known, **fresh, name: entry}, indent=0) + "\n")
+            fresh[name] = entry
+            binaries[arch] |= entry["kernels"]
+    rows: list[Row] = []
+    if not failures:
+        for op in (op for op, names in backends.TABLE.items() if "cuda" in names):
+            for call, (kernel, _, block, dynamic) in calls(op):
+                threads = block[0] * block[1] * block[2]
+                for arch in ARCHS:
+                    row = {"op": op, "call": call, "kernel": kernel, "arch": arch, "threads": threads, "dynamic": dynamic,
+                           **binaries[arch][kernel]}  # fmt: skip
+                    row["occupancy"] = occupancy(arch, row, threads, dynamic)
+                    failures += [f"{op}: {call} {kernel} sm_{arch}: {p}" for p in problems(row)]
+                    rows.append(row)
+        text, table = render(rows, version), HERE / "audit_cuda.md"
+        if options.check and (not table.exists() or table.read_text() != text):
+            failures.append("benchmarks/audit_cuda.md is not of these calls: run `make audit` and commit it")  # fmt: skip
+        if not options.check:
+            store.write_text(json.dumps(fresh, indent=0) + "\n")
+            table.write_text(text)
+    print("\n".join(failures) or f"{len(rows)} kernels, no spill, no narrow load")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
