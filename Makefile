@@ -8,7 +8,7 @@ BUILT := $(VENV)/.built
 ARCHS ?= $(if $(wildcard /dev/nvidia0),,90a-real;90-virtual)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format check bench audit gpu peers report weights clean
+.PHONY: help install demo test lint format check bench audit gpu peers report codec latents evaluate weights clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -69,6 +69,17 @@ peers: $(INSTALLED) ## Wheels of outside kernels into peers/, which `make gpu` i
 
 report: $(INSTALLED) ## docs/benchmarks.md and its plots, from the committed results
 	$(BIN)/python -m benchmarks.report
+
+codec: $(INSTALLED) ## Train the shipped codec again (ten minutes on two cores; resumes)
+	$(BIN)/dit-kernels train-codec --out runs/codec --resume
+
+latents: $(INSTALLED) ## Train a model in the latents of the shipped codec (resumes)
+	$(BIN)/dit-kernels train --out runs/latents --resume --codec causal --pos-embed rope --qk-norm rms \
+		--optimizer adamw --learning-rate 1.5e-3 --batch-size 32 --time-mean 1.0 --given-share 0.15 \
+		--steps 15000 --small-steps 5000 --small-frames 5
+
+evaluate: $(INSTALLED) ## Judge the shipped weights; docs/evaluation.json and README's table
+	$(BIN)/dit-kernels evaluate --json docs/evaluation.json --markdown README.md
 
 weights: $(INSTALLED) ## Train the shipped weights again (half an hour on two cores; resumes)
 	$(BIN)/dit-kernels train --out runs/digits --resume

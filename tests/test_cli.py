@@ -2,18 +2,22 @@
 
 import dataclasses
 import inspect
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dit_kernels import cli
 from dit_kernels.cli.train import train as train_command
+from dit_kernels.video.files import write_video
 from dit_kernels.video.model import ModelConfig, TextToVideo
+from dit_kernels.video.real_clips import read_video
 from dit_kernels.video.training import Trainer, TrainingConfig, train
 
 PROMPT = "a seven moving left"
@@ -338,3 +342,111 @@ def test_check_prints_a_row_an_op_and_fails_if_one_is_off(run, monkeypatch, erro
     assert "13 tensors compared" in result.out
     assert ("all within what is allowed" if right else "1 rows off") in result.out
     assert ("flux dx is off by 3.00e-03, allowed 2.00e-03" in result.out) == (not right)
+
+
+def test_train_codec_then_train_in_its_latents(run, tmp_path):
+    small = ["--size", "16", "--steps", 2, "--checkpoint-every", 1, "--batch-size", 2]
+    codec = ["train-codec", "--out", "c", "--width", 4, "--latent-channels", 3, "--frames", 5]
+    made = run(*codec, *small)
+    assert made.code == 0, made.err
+    assert "dB peak signal to noise" in made.out
+    assert "dit-kernels train --codec c/codec.safetensors --data digits" in made.out
+    assert "clips/s" in made.err
+    assert_one_line(run(*codec, *small), "is already there", "--resume")
+    assert_one_line(run(*codec, "--resume", "--kl-weight", 1), "--kl-weight 1.0 differs from 0.001")
+    assert run("train-codec", "--out", "c", "--resume").code == 0
+
+    model = ["--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--patch-size", "1x2x2"]
+    command = ["train", "--out", "m", "--codec", "c/codec.safetensors", "--given-share", 0.5]
+    trained = run(*command, *small, *model, "--frames", 5)
+    assert trained.code == 0, trained.err
+    weights = "m/model.safetensors"
+    first = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8))
+    first.save("first.png")
+    options = ["--weights", weights, "--steps", 1, "--frames", 9, "--out", "x.png"]
+    assert run("generate", PROMPT, "--image", "first.png", *options).code == 0
+    frames = frames_of("x.png", 9)
+    assert (frames[0] == np.array(first)).all()  # the given frame, exactly
+    assert not (frames[1] == frames[0]).all()
+    judged = run("evaluate", "--weights", weights, "--count", 2, "--steps", 1, "--bar", 0)
+    assert "through the codec" in judged.out
+
+
+def frames_of(path, count):
+    """The frames, grey, of a PNG that `generate` wrote for one prompt."""
+    with Image.open(path) as sheet:
+        shown = np.array(sheet.convert("L"))[6 + 24 :]
+    return [shown[:96:6, 6 + i * 102 : 6 + i * 102 + 96 : 6] for i in range(count)]
+
+
+def test_generate_goes_on_from_a_video(run, weights):
+    options = ["--weights", weights, "--steps", 1]
+    assert run("generate", PROMPT, *options, "--out", "start.mp4").code == 0
+    long = run(
+        "generate", PROMPT, *options, "--video", "start.mp4", "--frames", 8, "--out", "x.png"
+    )
+    assert long.code == 0, long.err
+    kept = read_video("start.mp4", (16, 16), channels=1)[..., 0]
+    assert all((a == b).all() for a, b in zip(frames_of("x.png", 8), kept, strict=False))
+    nothing_left = run("generate", PROMPT, *options, "--video", "start.mp4", "--out", "x.png")
+    assert_one_line(nothing_left, "start.mp4 gives 4 of 4 frames", "--frames")
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "ddpm"])
+def test_generate_with_other_schedulers_and_sizes(run, weights, tmp_path, scheduler):
+    options = ["--weights", weights, "--steps", 2, "--size", "16x24", "--out", "x.png"]
+    assert run("generate", PROMPT, *options, "--scheduler", scheduler).code == 0
+    with Image.open(tmp_path / "x.png") as sheet:
+        assert sheet.size == (6 + 4 * (144 + 6), 6 + 24 + 96 + 6)
+
+
+def test_train_on_a_folder_of_videos(run, tmp_path):
+    films = tmp_path / "films"
+    for i, name in enumerate(("one", "two")):
+        frames = torch.randint(0, 256, (10, 32, 32, 3), dtype=torch.uint8)
+        write_video(films / f"{name}.mp4", frames)
+        (films / f"{name}.txt").write_text(f"A film, number {i}.")
+    (films / "broken.mp4").write_bytes(b"nothing")
+    (films / "broken.txt").write_text("never seen")
+    options = ["--data", "films", "--out", "r", "--steps", 1, "--patch-size", "2x4x4"]
+    trained = run("train", *options, *SMALL_RUN)
+    assert trained.code == 0, trained.err
+    assert "skipped films/broken.mp4: it can't be decoded" in trained.out
+    assert 'generate "A film, number ' in trained.out
+    model = TextToVideo.load("r/model.safetensors")
+    assert model.config.words == ("0", "1", "a", "film", "number")
+    assert model.config.channels == 3
+    made = run("generate", "a film number 1", "--weights", "r/model.safetensors", "--steps", 1)
+    assert made.code == 0, made.err
+
+
+def test_evaluate_writes_its_figures_and_their_table(run, weights, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- evaluation -->\nold\n<!-- end of evaluation -->\nafter\n")
+    command = ["evaluate", "--count", 4, "--steps", 1, "--weights", weights, "--bar", 0]
+    for name in ("pixels", "latents", "pixels"):
+        written = ["--json", "figures.json", "--markdown", page, "--name", name]
+        assert run(*command, *written).code == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures) == ["pixels", "latents"]
+    assert figures["pixels"]["settings"]["steps"] == 1
+    score = figures["pixels"]["rows"]["pixels"]
+    real = figures["pixels"]["rows"]["real, held out"]
+    assert score["total"] == real["total"] == 4
+    lines = page.read_text().splitlines()
+    assert lines[:2] == ["before", "<!-- evaluation -->"]
+    assert lines[-2:] == ["<!-- end of evaluation -->", "after"]
+    assert (
+        f"| real, held out | 4 | {real['digits'] / 4:.1%} | {real['directions'] / 4:.1%} |" in lines
+    )
+    assert f"| latents | 4 | {score['digits'] / 4:.1%} | {score['directions'] / 4:.1%} |" in lines
+    assert len(lines) == 4 + 2 + 3  # the real clips once
+    page.write_text("no place")
+    assert_one_line_after(run(*command, *written), "has no place for the table")
+
+
+def assert_one_line_after(result, part):
+    """As assert_one_line, after output that was right."""
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert part in result.err

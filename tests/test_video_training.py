@@ -253,7 +253,7 @@ def test_given_frames_are_clean_at_time_zero_and_not_in_the_loss(monkeypatch):
         return torch.where(given[:, None, :, None, None], 1e6, clean + 0.1)
 
     monkeypatch.setattr(TextToVideo, "forward", forward)
-    expected = (0.01 / t.clamp(min=0.05).square()).mean()
+    expected = (0.01 / t.clamp(min=training.SMALLEST_TIME).square()).mean()
     torch.testing.assert_close(
         trainer._loss(clean, [""] * 64, t, noise, given), expected, rtol=1e-4, atol=0
     )

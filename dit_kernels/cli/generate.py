@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -197,11 +197,9 @@ def evaluate(
             on_videos=advance,
         )  # fmt: skip
     rows = {name: generated}
-    clips = {"frames": sizes.frames, "size": sizes.size, "seed": seed}
+    clips: dict[str, Any] = {"frames": sizes.frames, "size": sizes.size, "seed": seed}
     if sizes.codec != "identity":
-        rows["real, held out, through the codec"] = evaluation.score_real(
-            count, codec=model.codec, **clips
-        )
+        rows["real, through the codec"] = evaluation.score_real(count, codec=model.codec, **clips)
     rows["real, held out"] = evaluation.score_real(count, **clips)
     output.print(score_table(rows))
     digits = [
@@ -251,7 +249,9 @@ def demo(
 
 def score_table(scores: dict[str, Score]) -> Table:
     """A row a score: how many videos, and how many had the right digit and direction."""
-    table = Table("videos", "count", "digit as asked", "direction as asked", show_edge=False)
+    table = Table(show_edge=False)
+    for heading in ("videos", "count", "digit as asked", "direction as asked"):
+        table.add_column(heading, no_wrap=True)
     for name, score in scores.items():
         table.add_row(
             name,

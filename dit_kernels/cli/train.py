@@ -252,7 +252,7 @@ def train_codec(
     from dit_kernels.video.autoencoder import AutoencoderConfig
     from dit_kernels.video.data import ClipsConfig
 
-    codec_values = {
+    codec_values: dict[str, Any] = {
         "latent_channels": latent_channels, "width": width,
         "strides": tuple(parse_patch(stride) for stride in strides.split(",")),
     }  # fmt: skip

@@ -36,7 +36,7 @@ class AutoencoderConfig:
     @property
     def stride(self) -> tuple[int, int, int]:
         """Frames, rows and columns of video a latent's."""
-        return tuple(math.prod(axis) for axis in zip(*self.strides, strict=True))  # type: ignore[return-value]
+        return tuple(math.prod(axis) for axis in zip(*self.strides, strict=True))
 
 
 class CausalConv3d(nn.Conv3d):
@@ -122,6 +122,8 @@ class CausalAutoencoder(nn.Module):
             up += [ResidualBlock(inputs), ChannelNorm(inputs), nn.SiLU()]
             up += [Upsample(inputs, outputs, stride)]
         self.decoder = nn.Sequential(*up)
+        self.latent_mean: Tensor
+        self.latent_std: Tensor
         # of the latents of the training clips, measured after training: a DiT wants unit variance
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))

@@ -127,8 +127,8 @@ class CodecTrainer:
                 for i in range(0, len(MEASURED), 16)
             ]
         )
-        self.model.latent_mean.copy_(latents.mean((0, 2, 3, 4)))
-        self.model.latent_std.copy_(latents.std((0, 2, 3, 4)).clamp(min=1e-3))
+        self.model.latent_mean[:] = latents.mean((0, 2, 3, 4))
+        self.model.latent_std[:] = latents.std((0, 2, 3, 4)).clamp(min=1e-3)
         path = folder / CODEC_NAME
         self.model.save(path, dataclasses.asdict(self.config))
         return path

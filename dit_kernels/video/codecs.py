@@ -68,7 +68,7 @@ class Frozen:
     tensors it is given to their device, and copies of the model share it.
     """
 
-    module: nn.Module
+    module: Any
 
     def on(self, device: torch.device) -> Any:
         return self.module.to(device)
@@ -94,10 +94,10 @@ class CausalCodec(Frozen):
             )
 
     def latent_shape(self, frames: int, height: int, width: int) -> Shape:
-        config = self.module.config  # type: ignore[union-attr]
-        st, sy, sx = config.stride  # type: ignore[union-attr, misc]
-        check_size(frames, height, width, st, sy, sx)  # type: ignore[arg-type]
-        return config.latent_channels, 1 + (frames - 1) // st, height // sy, width // sx  # type: ignore[union-attr, return-value]
+        config = self.module.config
+        st, sy, sx = config.stride
+        check_size(frames, height, width, st, sy, sx)
+        return config.latent_channels, 1 + (frames - 1) // st, height // sy, width // sx
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:

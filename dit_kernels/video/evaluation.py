@@ -220,7 +220,7 @@ def table_of(figures: dict[str, Any]) -> str:
             line = f"| {row} | {score['total']} | {cells[0]} | {cells[1]} |"
             if line not in lines:
                 lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(lines if figures else [*lines, "| not measured | - | - | - |"])
 
 
 def write_table(path: str | Path, figures: dict[str, Any]) -> None:

@@ -131,8 +131,8 @@ class RealClips:
                     f"{source} must be a CSV with the columns video and caption; got {', '.join(titles) or 'nothing'}"
                 )
             for row in table:
-                path, caption = ((row[column] or "").strip() for column in columns if column)
-                yield source.parent / path, caption
+                name, caption = ((row[column] or "").strip() for column in columns if column)
+                yield source.parent / name, caption
 
     def _checked_length(self, path: Path) -> int:
         length = len(self._video(path))
