@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,11 @@ _RESIDENT_FORWARD, _RESIDENT_BACKWARD = 16, 12
 _NORMS = {"none": 0, "rms": 1, "layer": 2}
 _FORMS = ("gate", "shift", "scale", "shift2", "scale2")
 _SUMS = (*_FORMS, "branch_weight", "weight", "bias")
+_READ = ("gate_table", "branch_weight", "scale_table", "weight", "bias")
+_ARGUMENTS = (
+    "residual", "x", "gate", "gate_table", "branch_weight", "shift", "scale", "shift_table", "scale_table",
+    "shift2", "scale2", "weight", "bias", "row_index",
+)  # fmt: skip
 
 
 def supports(*args: Any) -> str | None:
@@ -85,22 +90,28 @@ def forward(
     if x.numel() == 0:
         return results
 
-    gate_table, branch_weight, shift_table, scale_table, weight, bias = (
-        _vector(v) for v in (gate_table, branch_weight, shift_table, scale_table, weight, bias)
-    )
-    tensors = (
-        residual, x, gate, shift, scale, shift2, scale2, gate_table, branch_weight, shift_table,
-        scale_table, weight, bias, None if row_index is None else row_index.contiguous(),
+    tensors: tuple[Tensor | None, ...] = (
+        residual, x, gate, shift, scale, shift2, scale2,
+        gate_table if gate_table is None else _vector(gate_table),
+        branch_weight if branch_weight is None else _vector(branch_weight),
+        shift_table if shift_table is None else _vector(shift_table),
+        scale_table if scale_table is None else _vector(scale_table),
+        weight if weight is None else _vector(weight),
+        bias if bias is None else _vector(bias),
+        row_index if row_index is None else row_index.contiguous(),
     )  # fmt: skip
-    form = (_NORMS[norm], gate_act == "tanh", branch_norm == "rms", rounding == "eager")
-    key = (
-        *(t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors),
-        form, eps, x.get_device(),
-    )  # fmt: skip
+    key: Any = [norm, gate_act, branch_norm, rounding, eps, x.get_device()]
+    for t in tensors:
+        if t is None:
+            key.append(None)
+        else:
+            key += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+    key = tuple(key)
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= 4096:
             _plans.clear()
+        form = (_NORMS[norm], gate_act == "tanh", branch_norm == "rms", rounding == "eager")
         plan = _plans[key] = _forward_plan(tensors, form, eps)
     cuda_extension.kernels().adaln_forward(
         *cuda_extension.where(x), plan, *tensors, out, y, y2, branch_rstd, mean, rstd
@@ -223,144 +234,208 @@ def backward(
     rounding: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    inputs = dict(
-        residual=residual, x=x, gate=gate, gate_table=gate_table, branch_weight=branch_weight, shift=shift,
-        scale=scale, shift_table=shift_table, scale_table=scale_table, shift2=shift2, scale2=scale2,
-        weight=weight, bias=bias, row_index=row_index,
+    inputs = (
+        residual, x, gate, gate_table, branch_weight, shift, scale, shift_table, scale_table, shift2,
+        scale2, weight, bias, row_index,
     )  # fmt: skip
-    wanted = {
-        name: t
-        for (name, t), need in zip(inputs.items(), needs, strict=True)
-        if need and t is not None
-    }
     given, kept = iter(grads), iter(saved)
-    gated, normed, branch_rms = residual is not None, norm != "none", branch_norm == "rms"
-    dout = next(given) if gated else None
-    dy = next(given) if normed else None
+    dout = next(given) if residual is not None else None
+    dy = next(given) if norm != "none" else None
     dy2 = next(given) if shift2 is not None or scale2 is not None else None
-    stream = (next(kept) if gated else x) if normed else None  # what was normalised
-    branch_rstd = next(kept) if branch_rms else None
+    stream = None  # what was normalised
+    if norm != "none":
+        stream = x if residual is None else next(kept)
+    branch_rstd = next(kept) if branch_norm == "rms" else None
     mean = next(kept) if norm == "layer" else None
-    rstd = next(kept) if normed else None
+    rstd = next(kept) if norm != "none" else None
     if dy is None and dy2 is None:
         norm, stream, mean, rstd = "none", None, None, None
     if x.numel() == 0 or (dout is None and norm == "none"):
-        return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in wanted.values()]
+        return [
+            torch.zeros_like(t, memory_format=torch.contiguous_format)
+            for t, need in zip(inputs, needs, strict=True)
+            if need and t is not None
+        ]
 
+    key = [norm, gate_act, branch_norm, eps, rounding, *needs, x.get_device()]
+    for t in (*inputs, dout, dy, dy2, stream):
+        if t is None:
+            key.append(None)
+        else:
+            key += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+    plan = _backward_plans.get(tuple(key))
+    if plan is None:
+        if len(_backward_plans) >= 4096:
+            _backward_plans.clear()
+        plan = _backward_plan(
+            inputs, dout, dy, dy2, stream, norm, gate_act, branch_norm, eps, rounding, needs
+        )
+        _backward_plans[tuple(key)] = plan
+
+    results: list[Tensor | None] = [None] * 14
+    for i in plan.wanted:
+        like = cast(Tensor, inputs[i])
+        results[i] = like.new_empty(like.shape)
+    for i in plan.zeros:
+        cast(Tensor, results[i]).zero_()
+    order = begin = end = first = workspace = None
+    if plan.by_row and row_index is not None:
+        order, _, begin, end, first = segments(row_index, plan.by_row, plan.chunk)
+        row_index = row_index.contiguous()
+    targets = [None if i is None else results[i] for i in plan.targets]
+    if plan.sums:
+        workspace = x.new_empty((len(plan.sums), plan.blocks, x.shape[2]), dtype=torch.float32)
+        for i, rows in zip(plan.sums, workspace.unbind(), strict=True):
+            targets[i] = rows
+    kernels, where = cuda_extension.kernels(), cuda_extension.where(x)
+    kernels.adaln_backward(
+        *where, plan.plan, dout, dy, dy2, stream, x if plan.reads_branch else None, gate, scale, scale2,
+        *(_vector(t) if use else None for t, use in zip(
+            (gate_table, branch_weight, scale_table, weight, bias), plan.reads, strict=True)),
+        row_index, branch_rstd, mean, rstd, order, begin, end, *targets,
+    )  # fmt: skip
+    if plan.stages:
+        kernels.adaln_backward_sums(
+            *where, workspace, first, x.shape[2], plan.blocks, plan.stages,
+            [results[i] for i in plan.gradients],
+        )  # fmt: skip
+    return [cast(Tensor, results[i]) for i in plan.wanted]
+
+
+class _BackwardPlan(NamedTuple):
+    """What a backward is but for its tensors; these by their place among the op's arguments."""
+
+    plan: Any
+    wanted: list[int]  # whose gradient is asked for
+    zeros: list[int]  # and is zero
+    reads_branch: bool
+    reads: list[bool]  # of gate_table, branch_weight, scale_table, weight, bias
+    targets: list[int | None]  # the kernel's results: d(residual), d(branch), rows a token, sums
+    sums: list[int]  # those of the targets that are rows of the workspace
+    stages: list[tuple[int, int, int]]  # the second stage: which row, groups, blocks a group
+    gradients: list[int]  # and what they give
+    blocks: int
+    chunk: int
+    by_row: int  # rows that row_index may name
+
+
+_backward_plans: dict[Any, _BackwardPlan] = {}
+
+
+def _backward_plan(
+    inputs: Sequence[Tensor | None],
+    dout: Tensor | None,
+    dy: Tensor | None,
+    dy2: Tensor | None,
+    stream: Tensor | None,
+    norm: str,
+    gate_act: str,
+    branch_norm: str,
+    eps: float,
+    rounding: str,
+    needs: Sequence[bool],
+) -> _BackwardPlan:
+    at = {name: i for i, name in enumerate(_ARGUMENTS)}
+    named = dict(zip(_ARGUMENTS, inputs, strict=True))
+    wanted = {
+        name for (name, t), need in zip(named.items(), needs, strict=True) if need and t is not None
+    }
+    residual, x, row_index = named["residual"], cast(Tensor, named["x"]), named["row_index"]
     samples, length, channels = x.shape
     like = x if residual is None else residual
-    modulations = dict(gate=gate, shift=shift, scale=scale, shift2=shift2, scale2=scale2)
-    reads_branch = gated and (branch_rms or bool(wanted.keys() & {"gate", "gate_table"}))
-    branch = (
-        x if reads_branch and wanted.keys() & {"x", "gate", "gate_table", "branch_weight"} else None
+    gated, branch_rms = residual is not None, branch_norm == "rms"
+    reads_branch = gated and (
+        bool(wanted & {"gate", "gate_table", "branch_weight"}) or (branch_rms and "x" in wanted)
     )
+    branch = x if reads_branch else None
+    modulations = {name: named[name] for name in _FORMS}
     tokens, forms = arrange(
         (dout, dy, dy2, stream, branch), list(modulations.values()), row_index, 2
     )
-    form = dict(zip(modulations, forms, strict=True))
-    scaled = wanted.keys() & {"scale", "scale_table", "scale2"}
-    read = [
-        _vector(v)
-        for v in (gate_table, branch_weight, scale_table, weight, bias if scaled else None)
-    ]
-    if norm == "none":
-        read[3] = read[4] = None
-    rows = (gate, scale, scale2)
+    form = dict(zip(_FORMS, forms, strict=True))
+    normed = norm != "none"
+    use = (True, True, True, normed, normed and bool(wanted & {"scale", "scale_table", "scale2"}))
+    read = [_vector(named[name]) if used else None for name, used in zip(_READ, use, strict=True)]
+    rows = [named[name] for name in ("gate", "scale", "scale2")]
     extra = dy2 is not None or branch_rms or any(v is not None for v in read[3:])
-    extra = extra or bool(wanted.keys() & {"weight", "bias"})
+    extra = extra or bool(wanted & {"weight", "bias"})
     vector_rows = _vector_rows(like, (dout, dy, dy2, stream), branch, rows, read)
-    row = _row(
-        channels,
-        like.element_size(),
-        None if not vector_rows else _BACKWARD_EXTRA if extra else _BACKWARD,
-    )
+    size = like.element_size()
+    row = _row(channels, size, None if not vector_rows else _BACKWARD_EXTRA if extra else _BACKWARD)
     if row[0] and extra:
         held = sum(t is not None for t in (dout, dy, dy2, stream, branch))
-        bytes_of_sums = 4 // like.element_size() * 5
-        if 16 * row[0] * row[1] * (2 * held + bytes_of_sums) > cuda_extension.shared_memory(x):
-            row = _row(channels, like.element_size(), None)
+        shared = 16 * row[0] * row[1] * (2 * held + 5 * (4 // size))
+        if shared > cuda_extension.shared_memory(x):
+            row = _row(channels, size, None)
 
     resident = max(1, 32 * _RESIDENT_BACKWARD // row[1]) * cuda_extension.multiprocessors(x)
-    by_row = row_index is not None and any(m.form == "index" for m in forms)
-    chunk = chunk_tokens(
-        samples * length, samples * length if by_row else tokens.segment, resident, 128
-    )
+    by_row = 0
+    if row_index is not None and any(m.form == "index" for m in forms):
+        by_row = next(m.shape[0] for m in modulations.values() if m is not None)
+    segment = samples * length if by_row else tokens.segment
+    chunk = chunk_tokens(samples * length, segment, resident, 128)
     chunks = -(-tokens.segment // chunk)
     blocks = tokens.samples * (tokens.length // tokens.segment) * chunks
-    order = begin = end = first = None
-    if row_index is not None and by_row:
-        n_rows = next(m.shape[0] for m in modulations.values() if m is not None)
-        order, _, begin, end, first = segments(row_index, n_rows, chunk)
-        blocks = begin.shape[0]
-        row_index = row_index.contiguous()
-
-    result = {
-        name: torch.empty_like(t, memory_format=torch.contiguous_format)
-        for name, t in wanted.items()
-    }
-    dresidual, dbranch = (
-        (result.get("residual"), result.get("x")) if gated else (result.get("x"), None)
-    )
+    if by_row:
+        blocks = samples * length // chunk + by_row
 
     # where each column sum goes: straight to the gradient where one block has the whole of it
-    alive = dict(gate=gated, shift=dy is not None, scale=dy is not None, shift2=dy2 is not None, scale2=dy2 is not None)  # fmt: skip
-    direct: dict[str, Tensor] = {}
-    destination: dict[str, Tensor] = {}
+    alive = {"gate": gated, "shift": dy is not None, "scale": dy is not None}
+    alive |= {"shift2": dy2 is not None, "scale2": dy2 is not None}
+    alive |= {"branch_weight": True, "weight": normed, "bias": normed}
+    direct: dict[str, int] = {}
+    destination: dict[str, int] = {}
+    zeros: list[int] = []
     summed: list[str] = []
-    stages: list[tuple[str, Tensor, int, int]] = []  # sum, gradient, groups, blocks a group
-    for name, m in form.items():
-        table = result.get(f"{name}_table")
-        out = result.get(name)
-        if not alive[name]:
-            for t in (out, table):
-                if t is not None:
-                    t.zero_()
-            continue
-        if out is not None and m.form == "token":
-            direct[name] = out
-        elif out is not None:
-            per_group = 0 if by_row else m.length // tokens.segment * chunks
-            if per_group == 1 and table is None and row[0]:
-                destination[name] = out
-            else:
-                summed.append(name)
-                stages.append((name, out, out.numel() // channels, per_group))
-        if table is not None:
-            if name not in summed:
-                summed.append(name)
-            stages.append((name, table, 1, blocks))
-    for name in ("branch_weight", "weight", "bias"):
-        if name in result:
-            if name != "branch_weight" and norm == "none":
-                result[name].zero_()
-            else:
-                summed.append(name)
-                stages.append((name, result[name], 1, blocks))
-    workspace = None
-    if summed:
-        workspace = x.new_empty((len(summed), blocks, channels), dtype=torch.float32)
-        destination.update(zip(summed, workspace.unbind(), strict=True))
+    stages: list[tuple[int, int, int]] = []
+    gradients: list[int] = []
 
+    def second_stage(name: str, gradient: str, groups: int, per_group: int) -> None:
+        if name not in summed:
+            summed.append(name)
+        stages.append((summed.index(name), groups, per_group))
+        gradients.append(at[gradient])
+
+    for name in _SUMS:
+        table = f"{name}_table"
+        if not alive[name]:
+            zeros += [at[t] for t in (name, table) if t in wanted]
+            continue
+        if name not in form:
+            if name in wanted:
+                second_stage(name, name, 1, blocks)
+            continue
+        m = form[name]
+        if name in wanted and m.form == "token":
+            direct[name] = at[name]
+        elif name in wanted:
+            per_group = 0 if by_row else m.length // tokens.segment * chunks
+            if per_group == 1 and table not in wanted and row[0]:
+                destination[name] = at[name]
+            else:
+                groups = cast(Tensor, named[name]).numel() // channels
+                second_stage(name, name, groups, per_group)
+        if table in wanted:
+            second_stage(name, table, 1, blocks)
+    dx = at["residual"] if gated else at["x"]
+    order = [i for i, name in enumerate(_ARGUMENTS) if name in wanted]
+    targets: list[int | None] = [
+        dx if dx in order else None,
+        at["x"] if gated and "x" in wanted else None,
+        *(direct.get(n) for n in _FORMS),
+        *(destination.get(n) for n in _SUMS),
+    ]
     code = cuda_extension.dtype_code
-    kernels, where = cuda_extension.kernels(), cuda_extension.where(x)
-    results = (dresidual, dbranch, *(direct.get(n) for n in _FORMS), *(destination.get(n) for n in _SUMS))  # fmt: skip
-    kernels.adaln_backward(
-        *where,
-        kernels.AdalnBackward(
-            (tokens.samples, tokens.length, channels, *row),
-            (_NORMS[norm], gate_act == "tanh", branch_rms, rounding == "eager"), eps,
-            tokens.segment, chunk, blocks,
-            [_tokens(tokens, t) for t in (dout, dy, dy2, stream, branch)],
-            [_rows(form[n], t) for n, t in zip(("gate", "scale", "scale2"), rows, strict=True)],
-            [code(v) for v in read], [code(t) for t in results],
-        ),
-        dout, dy, dy2, stream, branch, *rows, *read, row_index, branch_rstd, mean, rstd, order, begin, end,
-        *results,
+    codes = [0 if i is None else code(inputs[i]) for i in targets]
+    plan = cuda_extension.kernels().AdalnBackward(
+        (tokens.samples, tokens.length, channels, *row),
+        (_NORMS[norm], gate_act == "tanh", branch_rms, rounding == "eager"), eps,
+        tokens.segment, chunk, blocks,
+        [_tokens(tokens, t) for t in (dout, dy, dy2, stream, branch)],
+        [_rows(form[n], t) for n, t in zip(("gate", "scale", "scale2"), rows, strict=True)],
+        [code(v) for v in read], codes,
     )  # fmt: skip
-    if stages:
-        kernels.adaln_backward_sums(
-            *where, workspace, first, channels, blocks,
-            [(summed.index(name), groups, per_group) for name, _, groups, per_group in stages],
-            [out for _, out, _, _ in stages],
-        )  # fmt: skip
-    return list(result.values())
+    return _BackwardPlan(
+        plan, order, zeros, reads_branch, [v is not None for v in read], targets,
+        [7 + _SUMS.index(name) for name in summed], stages, gradients, blocks, chunk, by_row,
+    )  # fmt: skip
