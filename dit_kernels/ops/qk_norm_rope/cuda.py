@@ -56,16 +56,7 @@ def forward(
     cos, sin = _angles(cos, sin)
     parameters = [_vector(p) for p in (q_weight, q_bias, k_weight, k_bias)]
     form = (norm, over, act, layout, sections, rope_start, rounding)
-    key = (
-        *(t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
-          for t in (q, k, *parameters, cos, sin)),
-        form, eps, q.get_device(),
-    )  # fmt: skip
-    found = _plans.get(key)
-    if found is None:
-        if len(_plans) >= 4096:
-            _plans.clear()
-        found = _plans[key] = _plan((q, k), (None, None), parameters, cos, sin, eps, *form)
+    found = _planned((q, k), (None, None), parameters, cos, sin, eps, form)
     if found.blocks:
         cuda_extension.kernels().qk_norm_rope_fwd(
             *cuda_extension.where(q), found.plan, q, k, *parameters, cos, sin,
@@ -114,7 +105,7 @@ def backward(
     form = (norm, over, act, layout, sections, rope_start, rounding)
     arguments = (dq, dk, q, k, *parameters, cos, sin, *_statistics(saved, norm, k is not None))
     kernels, where = cuda_extension.kernels(), cuda_extension.where(q)
-    plan = _plan((q, k), (dq, dk), parameters, cos, sin, eps, *form)
+    plan = _planned((q, k), (dq, dk), parameters, cos, sin, eps, form)
 
     if any(result is not None for result in results[:6]) and plan.blocks:
         sums: list[Tensor | None] = []
@@ -188,6 +179,30 @@ class _Plan(NamedTuple):
 
 
 _plans: dict[Any, _Plan] = {}
+
+
+def _planned(
+    xs: tuple[Tensor, Tensor | None],
+    grads: tuple[Tensor | None, Tensor | None],
+    parameters: Sequence[Tensor | None],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    form: tuple[Any, ...],
+) -> _Plan:
+    key: Any = [form, eps, xs[0].get_device()]
+    for t in (*xs, *grads, *parameters, cos, sin):
+        if t is None:
+            key.append(None)
+        else:
+            key += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+    key = tuple(key)
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) >= 4096:
+            _plans.clear()
+        found = _plans[key] = _plan(xs, grads, parameters, cos, sin, eps, *form)
+    return found
 
 
 def _plan(
