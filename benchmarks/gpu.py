@@ -32,8 +32,8 @@ ROOT = machine.ROOT
 # `make peers` fills it; what is installed from it lies beside it, outside of the machine's own packages
 WHEELS = ROOT / "peers"
 SITE = WHEELS / "site"
-# modules that may tune the Triton kernels: the first that is there is run
-TUNERS = ("benchmarks.tune", "dit_kernels.tune")
+# measures tiles of the Triton kernels; where DIT_KERNELS_TUNED says, for it and for the stages after it
+TUNER = "benchmarks.tune"
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,8 @@ def no_sanitizer() -> str | None:
     return None if shutil.which("compute-sanitizer") else "compute-sanitizer is not on the PATH"
 
 
-def tuner() -> str | None:
-    for name in TUNERS:
-        parent = name.rpartition(".")[0]
-        if importlib.util.find_spec(parent) and importlib.util.find_spec(name):
-            return name
-    return None
-
-
 def no_tuner() -> str | None:
-    return no_gpu() or (None if tuner() else f"there is no {' or '.join(TUNERS)}")
+    return no_gpu() or (None if importlib.util.find_spec(TUNER) else f"there is no {TUNER}")
 
 
 def _bench(*arguments: str) -> tuple[str, ...]:
@@ -133,7 +125,7 @@ STAGES = (
     _sanitizer("memcheck"),
     _sanitizer("racecheck"),
     Stage("audit", (sys.executable, "-m", "benchmarks.audit"), 20, no_gpu),
-    Stage("tune", (sys.executable, "-m", "{tuner}", "--out", "{out}"), 30, no_tuner),
+    Stage("tune", (sys.executable, "-m", TUNER), 30, no_tuner),
     Stage("bench-adaln", _bench("adaln", "--name", "adaln", *SHAPES), 60, no_gpu),
     Stage("bench-attention", _bench("attention3d", "--name", "attention", *SHAPES), 70, no_gpu),
     Stage("bench-qk", _bench("qk_norm_rope", "--name", "qk_norm_rope", *SHAPES), 20, no_gpu),
@@ -185,15 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(stage: Stage, out: Path, log: Path, limit: float) -> str:
-    filled = {
-        # the benchmarks stop by themselves before they are stopped, so that their last row is whole
-        "out": str(out), "seconds": f"{max(1.0, 0.85 * limit - 5):.0f}", "tuner": tuner() or "",
-    }  # fmt: skip
+    # the benchmarks stop by themselves before they are stopped, so that their last row is whole
+    filled = {"out": str(out), "seconds": f"{max(1.0, 0.85 * limit - 5):.0f}"}
     command = [word.format(**filled) for word in stage.command]
     paths = (str(ROOT), str(SITE) if SITE.is_dir() else "", os.environ.get("PYTHONPATH", ""))
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1",
-        **stage.environment,
+        "DIT_KERNELS_TUNED": str(out / "tuned.json"), **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", **stage.environment,
     }  # fmt: skip
     start = time.monotonic()
     with log.open("a") as file:

@@ -342,9 +342,18 @@ def test_a_stage_has_a_time_limit_and_does_not_stop_the_next(tmp_path, monkeypat
 
 
 def test_stages_write_eight_files_at_most():
-    """The log, one JSON a benchmark, and what the tuning writes."""
+    """The log, the tuned tiles, and one JSON a benchmark."""
     writers = [stage for stage in gpu.STAGES if any("{out}" in word for word in stage.command)]
-    assert 1 + len(writers) <= 8
+    assert 2 + len(writers) <= 8
+
+
+def test_stages_share_the_tuned_tiles_and_the_path(tmp_path, monkeypatch, capsys):
+    code = "import os; print('tiles at', os.environ['DIT_KERNELS_TUNED']); import benchmarks"
+    monkeypatch.setattr(gpu, "STAGES", (gpu.Stage("one", python(code), 1),))
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.delenv("DIT_KERNELS_TUNED", raising=False)
+    assert gpu.main([]) == 0
+    assert f"tiles at {tmp_path / 'tuned.json'}" in capsys.readouterr().out
 
 
 def test_every_op_has_a_stage():
