@@ -203,6 +203,10 @@ inline void check_vectors(const ModulationRows& rows) {
   check_aligned(rows.data, bytes_of(rows.dtype), 16, rows.stride_channel, rows.stride_sample, rows.stride_group);
 }
 
+inline void check_vectors(const Channels& channels) {
+  check_aligned(channels.data, bytes_of(channels.dtype), 16, 1, 0, 0);
+}
+
 // any C, stride and dtype: adaln_general.cu
 void forward_any(const AdalnForward& call, cudaStream_t stream);
 void backward_any(const AdalnBackward& call, cudaStream_t stream);

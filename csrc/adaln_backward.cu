@@ -293,6 +293,10 @@ void adaln_backward(const AdalnBackward& call, cudaStream_t stream) {
   for (const Tokens* tokens : {&call.dy, &call.dy2, &call.x, &call.dout}) check_vectors(*tokens, dtype);
   check_vectors(call.branch, dtype, true);
   for (const ModulationRows* rows : {&call.gate, &call.scale, &call.scale2}) check_vectors(*rows);
+  for (const Channels* channels :
+       {&call.gate_table, &call.branch_weight, &call.scale_table, &call.weight, &call.bias}) {
+    check_vectors(*channels);
+  }
   with_dtype(dtype, [&](auto element) { launch<decltype(element)>(call, stream); });
 }
 

@@ -183,6 +183,10 @@ void adaln_forward(const AdalnForward& call, cudaStream_t stream) {
   for (const ModulationRows* rows : {&call.gate, &call.shift, &call.scale, &call.shift2, &call.scale2}) {
     check_vectors(*rows);
   }
+  for (const Channels* channels : {&call.gate_table, &call.branch_weight, &call.shift_table, &call.scale_table,
+                                   &call.weight, &call.bias}) {
+    check_vectors(*channels);
+  }
   with_dtype(dtype, [&](auto element) { launch<decltype(element)>(call, stream); });
 }
 

@@ -151,3 +151,13 @@ def test_order_of_threads_and_blocks_changes_nothing(dtype):
 def test_unsupported():
     with pytest.raises(RuntimeError, match="float64"):
         ops.final_layer(**layer((1, 1, 1), (1, 2, 2), 3, 8, dtype=torch.float64), backend="cuda")
+
+
+def test_offsets_beyond_two_to_the_31():
+    kwargs = layer((1, 2, 3), (1, 2, 2), 2, 24, 2, torch.bfloat16)
+    far = torch.empty(2**31 + 4096, dtype=torch.bfloat16).as_strided((2, 6, 24), (2**31, 24, 1))
+    far.copy_(kwargs["x"])
+    got, expected = (
+        ops.final_layer(**{**kwargs, "x": x}, backend="cuda") for x in (far, kwargs["x"])
+    )
+    assert torch.equal(got, expected)

@@ -154,3 +154,13 @@ def test_unsupported():
         ops.patch_embed(
             torch.randn(1, 1, 2, 2).double(), torch.randn(4, 1, 2, 2).double(), backend="cuda"
         )
+
+
+def test_offsets_beyond_two_to_the_31():
+    far = torch.empty(2**31 + 4096, dtype=torch.bfloat16)
+    far = far.as_strided((2, 3, 1, 4, 8), (2**31, 32, 32, 8, 1)).copy_(torch.randn(2, 3, 1, 4, 8))
+    weight = torch.randn(16, 3, 1, 2, 2).bfloat16()
+    got, expected = (
+        ops.patch_embed(video, weight, backend="cuda") for video in (far, far.contiguous())
+    )
+    assert torch.equal(got, expected)

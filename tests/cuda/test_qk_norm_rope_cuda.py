@@ -273,3 +273,15 @@ def test_launchers_refuse_what_their_kernels_cannot_read(lanes, threads, channel
 def test_unsupported():
     with pytest.raises(RuntimeError, match="float64"):
         ops.qk_norm_rope(torch.randn(1, 2, 2, 8).double(), backend="cuda")
+
+
+@pytest.mark.parametrize("dim", [16, 15])
+def test_offsets_beyond_two_to_the_31(dim):
+    far = torch.empty(2**31 + 4096, dtype=torch.bfloat16).as_strided(
+        (2, 3, 2, dim), (2**31, 32, 16, 1)
+    )
+    far.copy_(torch.randn(2, 3, 2, dim))
+    near = far.contiguous()
+    table = angles(3, 7)
+    (got, _), (expected, _) = (ops.qk_norm_rope(x, **table, backend="cuda") for x in (far, near))
+    assert torch.equal(got, expected)

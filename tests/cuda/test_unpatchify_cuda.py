@@ -82,3 +82,10 @@ def test_unsupported():
         ops.unpatchify(torch.randn(1, 1, 12).double(), patch_size=(1, 2, 2), **options)
     with pytest.raises(RuntimeError, match="1 to 16384 values"):
         ops.unpatchify(torch.randn(1, 1, 3 * 4096 * 2), patch_size=(2, 64, 64), **options)
+
+
+def test_offsets_beyond_two_to_the_31():
+    options = dict(grid=(1, 2, 4), patch_size=(1, 2, 2), channels=4, backend="cuda")
+    far = torch.empty(2**31 + 4096, dtype=torch.bfloat16).as_strided((2, 8, 16), (2**31, 16, 1))
+    far.copy_(torch.randn(2, 8, 16))
+    assert torch.equal(ops.unpatchify(far, **options), ops.unpatchify(far.contiguous(), **options))
