@@ -1,6 +1,6 @@
 """`make gpu`: all that only a GPU can tell, in stages, on a bare machine without a network.
 
-    python3 -m benchmarks.gpu [build test bench-attention ...] [--seconds 590]
+    python3 -m benchmarks.gpu [build test bench-attention ...] [--seconds 570]
 
 Needs torch, triton and pytest; nvcc, cmake, ninja and pybind11 for the build. Stages share the seconds in
 proportion to their weights: what one leaves over the later ones get, and stages that are picked by name get
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser("make gpu", description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", help="of " + " ".join(names))
-    parser.add_argument("--seconds", type=float, default=590, help="for all of them; 590")
+    parser.add_argument("--seconds", type=float, default=570, help="for all of them; 570")
     given = parser.parse_args(arguments)
     unknown = set(given.stages) - set(names)
     if unknown:
