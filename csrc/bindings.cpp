@@ -341,7 +341,8 @@ PYBIND11_MODULE(DK_MODULE, module) {
            add_rows(sums.as<float>(), out.data, groups, rows, columns, out.dtype(), stream);
          });
 
-  py::class_<AdalnForward>(module, "AdalnForward").def(py::init(&adaln_forward_plan));
+  // module_local: a process may load both modules
+  py::class_<AdalnForward>(module, "AdalnForward", py::module_local()).def(py::init(&adaln_forward_plan));
   define(module, "adaln_forward",
          +[](cudaStream_t stream, const AdalnForward& plan, Input residual, Input x, Input gate, Input shift,
              Input scale, Input shift2, Input scale2, Input gate_table, Input branch_weight, Input shift_table,
@@ -370,7 +371,7 @@ PYBIND11_MODULE(DK_MODULE, module) {
            call.rstd = rstd.as<float>();
            adaln_forward(call, stream);
          });
-  py::class_<AdalnBackward>(module, "AdalnBackward").def(py::init(&adaln_backward_plan));
+  py::class_<AdalnBackward>(module, "AdalnBackward", py::module_local()).def(py::init(&adaln_backward_plan));
   define(module, "adaln_backward",
          +[](cudaStream_t stream, const AdalnBackward& plan, Input dout, Input dy, Input dy2, Input x, Input branch,
              Input gate, Input scale, Input scale2, Input gate_table, Input branch_weight, Input scale_table,
@@ -447,7 +448,7 @@ PYBIND11_MODULE(DK_MODULE, module) {
                             bias.given() ? bias.stride(0) : 0, x.dtype(), bias.dtype(), Activation(act), stream);
          });
 
-  py::class_<QkNormRope>(module, "QkNormRope").def(py::init(&qk_norm_rope_plan));
+  py::class_<QkNormRope>(module, "QkNormRope", py::module_local()).def(py::init(&qk_norm_rope_plan));
   define(module, "qk_norm_rope_fwd",
          +[](cudaStream_t stream, const QkNormRope& plan, Input q, Input k, Input q_weight, Input q_bias,
              Input k_weight, Input k_bias, Input cos, Input sin, Output q_out, Output k_out, Output q_mean,
