@@ -107,15 +107,39 @@ def attention(
     image_rotary_emb: Any = None,
     **kwargs: Any,
 ) -> Any:
-    if kwargs or not fits(hidden_states, self.norm_q.weight):
+    if kwargs:
         return NotImplemented
+    out = joint_attention(
+        fused, self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+    )
+    if out is NotImplemented or encoder_hidden_states is None:
+        return out
+    length = encoder_hidden_states.shape[1]
+    text, out = out[:, :length].contiguous(), out[:, length:].contiguous()
+    out = self.to_out[1](self.to_out[0](out))
+    return out, self.to_add_out(text)
+
+
+def joint_attention(
+    fused: Fused,
+    self: Any,
+    hidden_states: Tensor,
+    text: Tensor | None,
+    attention_mask: Tensor | None,
+    image_rotary_emb: Any,
+) -> Any:
+    """Up to the projections out: [B, N, C], the text first."""
     joint = self.added_kv_proj_dim is not None
-    if joint and encoder_hidden_states is None:
+    if not fits(hidden_states, self.norm_q.weight) or (joint and text is None):
         return NotImplemented
     if self.fused_projections:
         q, k, v = self.to_qkv(hidden_states).chunk(3, dim=-1)
     else:
         q, k, v = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+    if joint and self.fused_projections:
+        c_q, c_k, c_v = self.to_added_qkv(text).chunk(3, dim=-1)
+    elif joint:
+        c_q, c_k, c_v = self.add_q_proj(text), self.add_k_proj(text), self.add_v_proj(text)
     q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
     rotation = None
     if image_rotary_emb is not None:
@@ -124,13 +148,7 @@ def attention(
     if not joint:
         q, k = fused.qk(q, k, self.norm_q, self.norm_k, rotation)
     else:
-        text = encoder_hidden_states
-        if self.fused_projections:
-            c_q, c_k, c_v = self.to_added_qkv(text).chunk(3, dim=-1)
-        else:
-            c_q, c_k, c_v = self.add_q_proj(text), self.add_k_proj(text), self.add_v_proj(text)
         c_q, c_k, c_v = (x.unflatten(-1, (-1, self.head_dim)) for x in (c_q, c_k, c_v))
-        # text first: the angles' first rows are the text's
         length = c_q.shape[1]
         own = c_own = rotation
         if rotation is not None:
@@ -139,11 +157,4 @@ def attention(
         q, k = fused.qk(q, k, self.norm_q, self.norm_k, own)
         c_q, c_k = fused.qk(c_q, c_k, self.norm_added_q, self.norm_added_k, c_own)
         q, k, v = (torch.cat(pair, dim=1) for pair in ((c_q, q), (c_k, k), (c_v, v)))
-
-    out = attend(self.processor, q, k, v, attention_mask).flatten(2, 3).to(q.dtype)
-    if encoder_hidden_states is None:
-        return out
-    length = encoder_hidden_states.shape[1]
-    text, out = out[:, :length].contiguous(), out[:, length:].contiguous()
-    out = self.to_out[1](self.to_out[0](out))
-    return out, self.to_add_out(text)
+    return attend(self.processor, q, k, v, attention_mask).flatten(2, 3).to(q.dtype)

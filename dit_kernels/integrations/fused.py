@@ -173,7 +173,9 @@ def attend(
     )
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """Attention of [B, N, H, D] by torch's function, for processors that call it themselves."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)

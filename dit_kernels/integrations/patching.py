@@ -27,7 +27,10 @@ from dit_kernels.ops.arguments import check_choice
 KINDS = ("adaln", "qk_norm_rope", "patch_embed", "feed_forward")
 
 # a file a family; "shared" holds what many have
-FAMILIES = ("shared", "wan", "flux", "sd3", "cogvideox")
+FAMILIES = (
+    "shared", "wan", "flux", "sd3", "cogvideox", "ltx", "hunyuan_video", "pixart", "qwenimage", "mochi",
+    "lumina2", "flux2", "cosmos",
+)  # fmt: skip
 
 
 @dataclass
@@ -172,7 +175,7 @@ class _Walk:
                 self.report.left.append((name, reason))
                 continue
             placed = self.place(module, name, adapter)
-            covered |= set(adapter.covers) if placed else set()
+            covered |= set(adapter.covers(module)) if placed else set()
         for child_name, child in module.named_children():
             if child_name not in covered:
                 self.visit(child, f"{name}.{child_name}" if name else child_name)

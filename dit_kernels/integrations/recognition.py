@@ -31,7 +31,7 @@ class Adapter:
         forward: (fused, module, *the function's arguments) -> its result, or NotImplemented to let the
             module's own code serve this call. For an attention processor the module is the attention.
         rows: module -> the op calls that one forward makes, or the sentence why it is left.
-        covers: children, by dotted name, whose own forward is not called. Where one has hooks, the
+        covers: module -> children, by dotted name, whose own forward is not called. Where one has hooks, the
             module's own code runs.
         helpers: module-level functions that the function calls and the adapter re-expresses, with
             their fingerprints.
@@ -42,7 +42,7 @@ class Adapter:
     kind: str
     forward: Callable[..., Any]
     rows: Callable[[nn.Module], Sequence[Row] | str]
-    covers: tuple[str, ...] = ()
+    covers: Callable[[Any], Sequence[str]] = lambda module: ()
     helpers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     replay: bool = True
 
@@ -57,7 +57,7 @@ def adapts(
     *fingerprints: str,
     kind: str,
     rows: Callable[[Any], Sequence[Row] | str],
-    covers: Sequence[str] = (),
+    covers: Sequence[str] | Callable[[Any], Sequence[str]] = (),
     helpers: dict[str, tuple[str, ...]] | None = None,
     processor: bool = False,
     replay: bool = True,
@@ -65,7 +65,8 @@ def adapts(
     """Decorator: the function serves in place of those with the given fingerprints."""
 
     def register(forward: Callable[..., Any]) -> Callable[..., Any]:
-        adapter = Adapter(name, kind, forward, rows, tuple(covers), helpers or {}, replay)
+        covered = covers if callable(covers) else lambda module: covers
+        adapter = Adapter(name, kind, forward, rows, covered, helpers or {}, replay)
         table = PROCESSORS if processor else FORWARDS
         table.update(dict.fromkeys(fingerprints, adapter))
         return forward

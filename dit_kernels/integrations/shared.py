@@ -178,7 +178,7 @@ def rms_norm(fused: Fused, self: Any, hidden_states: Tensor) -> Any:
         return NotImplemented
     if hidden_states.dim() == 4:  # heads, as [B, N, H, D] or as a view [B, H, N, D]
         return fused.qk(hidden_states, None, self, None)[0]
-    return fused.adaln(self, hidden_states) if hidden_states.dim() == 3 else NotImplemented
+    return fused.adaln(self, hidden_states) if hidden_states.dim() in (2, 3) else NotImplemented
 
 
 @adapts("FP32LayerNorm", "d790ecdfc2e2", kind="adaln", rows=itself_rows)

@@ -46,7 +46,7 @@ class Site:
         self.module, self.name, self.adapter, self.fused = module, name, adapter, fused
         self.rows, self.report = rows, report
         self.original = MethodType(type(module).forward, module)
-        self.covers, self.serve = adapter.covers, adapter.forward
+        self.covers, self.serve = tuple(adapter.covers(module)), adapter.forward
         self.processor = type(getattr(module, "processor", None))
         self.active = True
         self.check = check

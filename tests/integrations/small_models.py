@@ -113,6 +113,90 @@ def _cogvideox_rope(randn: Callable[..., Tensor]) -> dict[str, Any]:
     return _cogvideox(randn) | {"image_rotary_emb": (doubled.cos(), doubled.sin())}
 
 
+def _ltx(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 12, 4), "encoder_hidden_states": randn(2, 5, 10),
+        "timestep": torch.tensor([700, 20]), "encoder_attention_mask": torch.tensor(
+            [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+        "num_frames": 2, "height": 2, "width": 3,
+    }  # fmt: skip
+
+
+def _hunyuan_video(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 4, 2, 4, 6), "timestep": torch.tensor([700, 20]),
+        "encoder_hidden_states": randn(2, 5, 10), "pooled_projections": randn(2, 8),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+        "guidance": torch.tensor([6000.0, 6000.0]),
+    }  # fmt: skip
+
+
+def _dit(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 4, 8, 8), "timestep": torch.tensor([700, 20]),
+        "class_labels": torch.tensor([1, 3]),
+    }  # fmt: skip
+
+
+def _pixart(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 4, 8, 8), "timestep": torch.tensor([700, 20]),
+        "encoder_hidden_states": randn(2, 5, 24),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }  # fmt: skip
+
+
+def _qwen(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 12, 4), "encoder_hidden_states": randn(2, 5, 10),
+        "encoder_hidden_states_mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2]),
+        "timestep": torch.tensor([0.7, 0.1]), "img_shapes": [[(1, 3, 4)]] * 2,
+    }  # fmt: skip
+
+
+def _mochi(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 4, 2, 4, 6), "encoder_hidden_states": randn(2, 5, 16),
+        "timestep": torch.tensor([700, 20]),
+        "encoder_attention_mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2]),
+    }  # fmt: skip
+
+
+def _lumina2(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 4, 8, 6), "timestep": torch.tensor([0.7, 0.1]),
+        "encoder_hidden_states": randn(2, 5, 10),
+        "encoder_attention_mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2]),
+    }  # fmt: skip
+
+
+def _z_image(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "x": [randn(4, 1, 8, 6), randn(4, 1, 4, 6)], "t": torch.tensor([0.7, 0.1]),
+        "cap_feats": [randn(5, 10), randn(3, 10)],
+    }  # fmt: skip
+
+
+def _flux2(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    ids = torch.zeros(12, 4)
+    ids[:, 1:3] = image_ids(3, 4)[:, 1:]
+    text = torch.zeros(5, 4)
+    text[:, 3] = torch.arange(5)
+    return {
+        "hidden_states": randn(2, 12, 4), "encoder_hidden_states": randn(2, 5, 10),
+        "timestep": torch.tensor([0.7, 0.1]), "guidance": torch.tensor([4.0, 4.0]),
+        "img_ids": ids, "txt_ids": text,
+    }  # fmt: skip
+
+
+def _cosmos(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(1, 4, 2, 6, 4), "timestep": torch.tensor([0.7]),
+        "encoder_hidden_states": randn(1, 5, 10), "fps": 24,
+    }  # fmt: skip
+
+
 SMALL: dict[str, Small] = {
     "wan": Small("WanTransformer3DModel", _WAN, _wan, dict(
         adaln=3, gated_adaln=4, gated_residual=2, qk_norm_rope=6, gelu_bias=2, patch_embed=1)),
@@ -139,4 +223,41 @@ SMALL: dict[str, Small] = {
         "CogVideoXTransformer3DModel", _COG | dict(use_rotary_positional_embeddings=True),
         _cogvideox_rope, dict(
         adaln=5, gated_adaln=4, gated_residual=4, qk_norm_rope=2, gelu_bias=2, patch_embed=1)),
+    "ltx": Small("LTXVideoTransformer3DModel", dict(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        num_layers=2, caption_channels=10), _ltx, dict(adaln=2, gated_adaln=2, gated_residual=4, gelu_bias=2, qk_norm_rope=4)),
+    "hunyuan-video": Small("HunyuanVideoTransformer3DModel", dict(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1,
+        num_single_layers=1, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True,
+        text_embed_dim=10, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4)), _hunyuan_video, dict(adaln=4, gated_adaln=3, gated_residual=4, gelu_bias=2, patch_embed=1, qk_norm_rope=3)),
+    "dit": Small("DiTTransformer2DModel", dict(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
+        attention_bias=True, sample_size=8, patch_size=2, activation_fn="gelu-approximate",
+        num_embeds_ada_norm=10, norm_type="ada_norm_zero", norm_elementwise_affine=False), _dit, dict(adaln=2, gated_adaln=2, gated_residual=2, gelu_bias=2, patch_embed=1)),
+    "pixart": Small("PixArtTransformer2DModel", dict(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
+        cross_attention_dim=24, sample_size=8, patch_size=2, caption_channels=24,
+        use_additional_conditions=False), _pixart, dict(adaln=2, gated_adaln=2, gated_residual=4, gelu_bias=2, patch_embed=1)),
+    "qwen-image": Small("QwenImageTransformer2DModel", dict(
+        in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=10, axes_dims_rope=(4, 6, 6)), _qwen, dict(adaln=6, gated_adaln=4, gated_residual=4, gelu_bias=4, qk_norm_rope=4)),
+    "mochi": Small("MochiTransformer3DModel", dict(
+        patch_size=2, num_attention_heads=2, attention_head_dim=12, num_layers=2,
+        pooled_projection_dim=16, in_channels=4, text_embed_dim=16, time_embed_dim=8,
+        max_sequence_length=5), _mochi, dict(adaln=5, gated_adaln=3, gated_residual=3, patch_embed=1, qk_norm_rope=4, swiglu=3)),
+    "lumina2": Small("Lumina2Transformer2DModel", dict(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=4, num_kv_heads=2, multiple_of=8, cap_feat_dim=10,
+        axes_dim_rope=(4, 2, 2), axes_lens=(32, 32, 32)), _lumina2, dict(adaln=6, gated_adaln=4, gated_residual=4, qk_norm_rope=4)),
+    "z-image": Small("ZImageTransformer2DModel", dict(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=10,
+        axes_dims=[4, 6, 6], axes_lens=[64, 32, 32]), _z_image, dict(adaln=5, gated_adaln=4, gated_residual=4, qk_norm_rope=4)),
+    "flux2": Small("Flux2Transformer2DModel", dict(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=10, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4)), _flux2, dict(adaln=4, gated_adaln=2, gated_residual=3, qk_norm_rope=3, swiglu=3)),
+    "cosmos": Small("CosmosTransformer3DModel", dict(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
+        mlp_ratio=2, text_embed_dim=10, adaln_lora_dim=4, max_size=(4, 8, 8), patch_size=(1, 2, 2),
+        rope_scale=(2.0, 1.0, 1.0), extra_pos_embed_type="learnable",
+        concat_padding_mask=False), _cosmos, dict(adaln=4, gated_adaln=4, gated_residual=2, gelu_bias=2, qk_norm_rope=4)),
 }  # fmt: skip
