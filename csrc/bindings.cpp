@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -83,10 +84,20 @@ class OnDevice {
  public:
   explicit OnDevice(int) {}
 };
+void settle(cudaStream_t) {}
 #else
 void declare(const Tensor&, bool) {}
 struct Call {};
 using dk::OnDevice;
+
+// Under DIT_KERNELS_DEBUG=1: waits, so that an error of a kernel is raised where it was launched
+void settle(cudaStream_t stream) {
+  static const char* const asked = std::getenv("DIT_KERNELS_DEBUG");
+  if (!asked || std::string(asked) != "1") return;
+  cudaStreamCaptureStatus capturing;
+  dk::check(cudaStreamIsCapturing(stream, &capturing), "cudaStreamIsCapturing");
+  if (capturing == cudaStreamCaptureStatusNone) dk::check(cudaStreamSynchronize(stream), "a kernel of this call");
+}
 #endif
 
 template <typename T>
@@ -120,6 +131,7 @@ void define(py::module_& module, const char* name, void (*function)(cudaStream_t
         try {
           OnDevice current(device);
           function(reinterpret_cast<cudaStream_t>(stream), arguments...);
+          settle(reinterpret_cast<cudaStream_t>(stream));
         } catch (const std::exception& error) {
           std::string message = std::string(name) + ": " + error.what() + "; called with";
           for (const std::string& text : {described(arguments)...})
