@@ -41,7 +41,7 @@ demo: $(INSTALLED) ## Prompts to videos from the shipped weights, then every bac
 test: $(INSTALLED) $(BUILT) ## All tests; no GPU is needed
 	$(BIN)/python -m pytest tests --ignore=tests/triton --ignore=tests/cuda
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
-	DIT_KERNELS_EMULATE=1 $(BIN)/python -m pytest tests/cuda
+	DIT_KERNELS_EMULATE=1 DIT_KERNELS_CUDA_ARCHS="$(ARCHS)" $(BIN)/python -m pytest tests/cuda
 
 lint: $(INSTALLED) ## Formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -58,8 +58,9 @@ check: $(INSTALLED) ## Errors of every backend that runs here, against the float
 bench: $(INSTALLED) ## Time every op here against eager and torch.compile
 	$(BIN)/dit-kernels bench
 
-audit: $(INSTALLED) ## Compile every Triton kernel for four targets without a GPU: registers, spills, load widths
+audit: $(INSTALLED) $(BUILT) ## Compile every Triton and CUDA kernel without a GPU: registers, spills, load widths
 	$(BIN)/python -m benchmarks.audit
+	$(BIN)/python -m benchmarks.audit_cuda
 
 gpu: ## On a machine with a GPU, torch and triton, no network needed: all in ten minutes (STAGES="test ...")
 	$(PYTHON) -m benchmarks.gpu $(STAGES)

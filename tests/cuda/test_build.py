@@ -163,7 +163,8 @@ def test_the_source_package_has_every_source(tmp_path, tracked):
 
 def test_the_wheel_works_where_nothing_else_is(tmp_path, tracked):
     """Installed into a new environment that borrows this one's torch, but not this source tree."""
-    environment = {**os.environ, "DIT_KERNELS_CUDA": "1"}
+    archs = os.environ.get("DIT_KERNELS_CUDA_ARCHS", "90a-real;90-virtual")
+    environment = {**os.environ, "DIT_KERNELS_CUDA": "1", "DIT_KERNELS_CUDA_ARCHS": archs}
     command(
         sys.executable, "-m", "pip", "wheel", "--no-deps", "--disable-pip-version-check",
         "-w", tmp_path, ROOT, env=environment, cwd=tmp_path,
