@@ -3,7 +3,8 @@
 The interpreter keeps bfloat16 as raw uint16. Upstream (3.6 to 3.9) it truncates float32 -> bfloat16
 instead of rounding to nearest even, and computes sums, products and `tl.dot` on the raw bits. Here the
 conversion rounds, `tl.dot` widens its operands, and every other arithmetic on bfloat16 is an error:
-a kernel computes in float32. `tl.reduce` with a function of its own, which upstream calls for every
+a kernel computes in float32. A float32 `tl.dot` is rounded once: numpy's product rounds an element by its
+place in the tile, so that a backward would not find the scores of its forward, as it does on a GPU. `tl.reduce` with a function of its own, which upstream calls for every
 element, works on halves of the axis.
 """
 
@@ -78,6 +79,9 @@ def _cast_impl(self: Any, source: Any, target: Any) -> Any:
 def _create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
     if d.dtype.scalar == tl.bfloat16:
         raise _error("tl.dot with a bfloat16 accumulator")
+    if a.dtype.scalar == b.dtype.scalar == tl.float32:
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)) + d.data
+        return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
     a, b = (
         interpreter.TensorHandle(widen(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t
         for t in (a, b)

@@ -6,6 +6,9 @@
 
 Each gradient is written once by the one program that owns it, in a fixed order of summation, at the price
 of computing p twice.
+
+float32: the rounding of lse alone, about half an eps of it, would be the largest error of p. dq's kernel sees
+whole rows of p, which add up to 1 but for that: it divides by their sum, and leaves its inverse for dk and dv.
 """
 
 # Triton gives its functions no types
@@ -58,7 +61,7 @@ def attention3d_rows_kernel(
     dout_ptr,  # [B, N, H, D], any strides but the last
     lse_ptr,  # [B, H, N]
     dlse_ptr,  # [B, H, N] or None
-    rows_ptr,  # [B, H, N, 4] float32: lse as `exponential` wants it, delta, and nothing twice
+    rows_ptr,  # [B, H, N, 4] float32: lse as `exponential` wants it, delta, 1 / the sum of p, nothing
     do_b, do_n, do_h, queries, heads, tiles,
     D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -84,13 +87,13 @@ def attention3d_rows_kernel(
         lse = lse * LOG2E
     lse, delta = tl.where(blind, float("inf"), lse), tl.where(blind, 0.0, delta)
     four = tl.arange(0, 4)[None, :]
-    row = tl.where(four == 0, lse[:, None], tl.where(four == 1, delta[:, None], 0.0))
+    row = tl.where(four == 0, lse[:, None], tl.where(four == 1, delta[:, None], 1.0))
     tl.store(rows_ptr + (at * 4)[:, None] + four, row, mask=(token < queries)[:, None])
 
 
 @triton.jit
 def _load_row(base, rows, exists):
-    """(lse, delta) of each query; a lane without one gets the lse for which every p is 0.
+    """(lse, delta, 1 / sum) of each query; a lane without one gets the lse for which every p is 0.
 
     A row takes 16 bytes so that loading it is one asynchronous copy. A vector of BLOCK_M floats counts as
     cheap: the compiler would load it in the layout of the scores, every thread all of its columns.
@@ -99,27 +102,34 @@ def _load_row(base, rows, exists):
     row = tl.load(base + (rows * 4)[:, None] + four, mask=exists[:, None], other=0.0)
     row = tl.where(exists[:, None], row, tl.where(four == 0, float("inf"), 0.0))
     lse = tl.sum(tl.where(four == 0, row, 0.0), 1)
-    return lse, tl.sum(tl.where(four == 1, row, 0.0), 1)
+    delta = tl.sum(tl.where(four == 1, row, 0.0), 1)
+    return lse, delta, tl.sum(tl.where(four == 2, row, 0.0), 1)
 
 
 @triton.jit
 def _dkdv_step(k, v, dk, dv, q_base, q_rows, dout_base, dout_rows, row_base, rows, exists, hidden, scale,
                D: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-               NATURAL: tl.constexpr):  # fmt: skip
+               NATURAL: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr):  # fmt: skip
     """One query tile [M] for a key tile [N]: scores are kept as [N, M]."""
     q = load_tile(q_base, q_rows, exists, D, PARTS, STEP, True)
     dout = load_tile(dout_base, dout_rows, exists, D, PARTS, 1, True)
-    lse, delta = _load_row(row_base, rows, exists)
+    lse, delta, inverse = _load_row(row_base, rows, exists)
     # the scores' products first and dk before dv: arithmetic on the results of products that has slipped
     # behind the start of another one makes ptxas wait for each on its own (C7514)
     s = products(k, q, PRECISION)
-    dp = products(v, dout, PRECISION)
+    if DK:
+        dp = products(v, dout, PRECISION)
     p = exponential(s, scale, lse[None, :], NATURAL)
+    if NATURAL:
+        p = p * inverse[None, :]
     if hidden is not None:
         p = tl.where(hidden, 0.0, p)
-    ds = p * (dp - delta[None, :])
-    dk = added(dk, ds, q, PRECISION)
-    return dk, added(dv, p, dout, PRECISION)
+    if DK:
+        ds = p * (dp - delta[None, :])
+        dk = added(dk, ds, q, PRECISION)
+    if DV:
+        dv = added(dv, p, dout, PRECISION)
+    return dk, dv
 
 
 @triton.jit
@@ -137,15 +147,15 @@ def attention3d_dkdv_kernel(
     v_ptr,
     dout_ptr,  # [B, N, H, D], any strides but the last
     rows_ptr,  # [B, H, N, 4] float32
-    dk_ptr,  # [B, N', H', D]
-    dv_ptr,
+    dk_ptr,  # [B, N', H', D], or None
+    dv_ptr,  # the same; one of the two at least
     text_lens_ptr, kv_lens_ptr, cu_seqlens_ptr, table_ptr,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
     queries, keys, heads, group, text, text_first, sequences, tiles, scale,
     gt, gh, gw, wt, wh, ww, st, sh, sw, qt, qh, qw, kt, kh, kw,
     D: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr,
-    CUBES: tl.constexpr, CAUSAL: tl.constexpr, TEXT: tl.constexpr, WIDE: tl.constexpr,
-    GROUPED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUPED: tl.constexpr, CUBES: tl.constexpr, CAUSAL: tl.constexpr, TEXT: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
     NATURAL: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
@@ -170,6 +180,8 @@ def attention3d_dkdv_kernel(
     patch_end, text_end = key_ends(
         sequence, sequences, length, key_span, text_lens_ptr, kv_lens_ptr, PACKED
     )
+    DK: tl.constexpr = dk_ptr is not None
+    DV: tl.constexpr = dv_ptr is not None
     valid = exists
     if PACKED or kv_lens_ptr is not None or text_lens_ptr is not None:
         valid = exists & (rows < tl.where(is_text, text_end, patch_end) - first)
@@ -220,7 +232,7 @@ def attention3d_dkdv_kernel(
                 dout_base + (base64 * do_n + head * do_h) * UNIT, dout_rows,
                 row_base + (head * queries + base64) * 4, row_token, there,
                 (hidden[None, :] & bits[:, None]) != 0, scale2,
-                D, PARTS, STEPS[0], PRECISION, NATURAL,
+                D, PARTS, STEPS[0], PRECISION, NATURAL, DK, DV,
             )  # fmt: skip
     if TEXT or not CUBES:
         run = 0
@@ -230,7 +242,6 @@ def attention3d_dkdv_kernel(
             if CAUSAL:  # queries of earlier frames see none of the tile
                 frame = tl.maximum(grid[1] * grid[2], 1)
                 run = tl.where(is_text, 0, tile * BLOCK_N // frame * frame // BLOCK_M)
-                key = tl.where(is_text, 0, tile * BLOCK_N + lane)
         if TEXT:
             runs += tl.cdiv(span[1], BLOCK_M)
         a_head = tl.maximum(runs - run, 1)
@@ -247,34 +258,39 @@ def attention3d_dkdv_kernel(
             hidden = None
             if CAUSAL and not CUBES:
                 frame_end = frames_seen(base + row, span, grid, q_is_text)
-                hidden = key[:, None] >= frame_end[None, :]
+                seen_lanes = tl.where(is_text, FAR, frame_end - tile * BLOCK_N)
+                hidden = lane[:, None] >= seen_lanes[None, :]
             dk, dv = _dkdv_step(
                 k, v, dk, dv, q_base + (base64 * q_n + head * q_h) * UNIT, q_rows,
                 dout_base + (base64 * do_n + head * do_h) * UNIT, dout_rows,
                 row_base + (head * queries + base64) * 4, row, there, hidden, scale2,
-                D, PARTS, STEPS[0], PRECISION, NATURAL,
+                D, PARTS, STEPS[0], PRECISION, NATURAL, DK, DV,
             )  # fmt: skip
 
     # the rows of padding keys, which may have overflowed, are zero
-    dk = kept(scaled(dk, scale), valid[:, None])
-    dv = kept(dv, valid[:, None])
     base = ((sample64 * keys + first64) * kv_heads + head_k) * D
-    store_tile(dk_ptr + base, wide(rows, WIDE) * kv_heads * D, exists, dk, D, PARTS)
-    store_tile(dv_ptr + base, wide(rows, WIDE) * kv_heads * D, exists, dv, D, PARTS)
+    if DK:
+        dk = kept(scaled(dk, scale), valid[:, None])
+        store_tile(dk_ptr + base, wide(rows, WIDE) * kv_heads * D, exists, dk, D, PARTS)
+    if DV:
+        dv = kept(dv, valid[:, None])
+        store_tile(dv_ptr + base, wide(rows, WIDE) * kv_heads * D, exists, dv, D, PARTS)
 
 
 @triton.jit
-def _dq_step(q, dout, dq, lse, delta, k_base, k_rows, v_base, v_rows, there, shown, scale, D: tl.constexpr,
+def _dq_step(q, dout, dq, total, lse, delta, k_base, k_rows, v_base, v_rows, there, shown, scale, D: tl.constexpr,
              PARTS: tl.constexpr, K_STEP: tl.constexpr, V_STEP: tl.constexpr, PRECISION: tl.constexpr,
              MASKED: tl.constexpr, NATURAL: tl.constexpr):  # fmt: skip
-    """One key tile for a query tile."""
+    """One key tile for a query tile; `total` sums the rows of p, in float32 only."""
     k = load_tile(k_base, k_rows, there, D, PARTS, K_STEP, MASKED)
     v = load_tile(v_base, v_rows, there, D, PARTS, V_STEP, MASKED)
     p = exponential(products(q, k, PRECISION), scale, lse[:, None], NATURAL)
     if shown is not None:
         p = tl.where(shown, p, 0.0)
+    if NATURAL:
+        total += tl.sum(p, 1)
     ds = p * (products(dout, v, PRECISION) - delta[:, None])
-    return added(dq, ds, k, PRECISION)
+    return added(dq, ds, k, PRECISION), total
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -284,7 +300,7 @@ def attention3d_dq_kernel(
     v_ptr,
     dout_ptr,  # [B, N, H, D], any strides but the last
     rows_ptr,  # [B, H, N, 4] float32
-    dq_ptr,  # [B, N, H, D]
+    dq_ptr,  # [B, N, H, D], or None: only the sums of p are wanted
     text_lens_ptr, kv_lens_ptr, cu_seqlens_ptr, table_ptr,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_n, do_h,
     queries, keys, heads, group, text, text_first, sequences, tiles, scale,
@@ -329,8 +345,9 @@ def attention3d_dq_kernel(
     q = load_tile(q_base, wide(rows, WIDE) * q_n * UNIT, exists, D, PARTS, STEPS[0], True)
     dout = load_tile(dout_base, wide(rows, WIDE) * do_n * UNIT, exists, D, PARTS, 1, True)
     row_base = rows_ptr + ((sample64 * heads + head) * queries + first64) * 4
-    lse, delta = _load_row(row_base, rows, exists)
+    lse, delta, _ = _load_row(row_base, rows, exists)
     dq = zero_tile(BLOCK_M, PARTS)
+    total = tl.zeros([BLOCK_M], tl.float32)
     scale2 = scale if NATURAL else scale * LOG2E
 
     runs = 0
@@ -358,8 +375,8 @@ def attention3d_dq_kernel(
                 key = tl.where(there, bits, NOTHING)
             base64 = base.to(tl.int64)
             hidden = hidden_bits(seen, stop, key_origin, k_cube)
-            dq = _dq_step(
-                q, dout, dq, lse, delta,
+            dq, total = _dq_step(
+                q, dout, dq, total, lse, delta,
                 k_base + base64 * k_n * UNIT, k_cube_rows, v_base + base64 * v_n * UNIT, v_cube_rows, there,
                 (hidden[:, None] & key[None, :]) == 0, scale2,
                 D, PARTS, STEPS[1], STEPS[2], PRECISION, True, NATURAL,
@@ -377,8 +394,8 @@ def attention3d_dq_kernel(
         patch64 = key_span[2].to(tl.int64)
         for j in range(0, unmasked):
             base64 = patch64 + j * BLOCK_N
-            dq = _dq_step(
-                q, dout, dq, lse, delta, k_base + base64 * k_n * UNIT, k_rows,
+            dq, total = _dq_step(
+                q, dout, dq, total, lse, delta, k_base + base64 * k_n * UNIT, k_rows,
                 v_base + base64 * v_n * UNIT, v_rows, None, None, scale2, D, PARTS, STEPS[1], STEPS[2], PRECISION, False, NATURAL,
             )  # fmt: skip
 
@@ -394,10 +411,15 @@ def attention3d_dq_kernel(
                 shown = key[None, :] < frame_end[:, None]
             else:
                 shown = there[None, :]
-            dq = _dq_step(
-                q, dout, dq, lse, delta, k_base + base64 * k_n * UNIT, k_rows,
+            dq, total = _dq_step(
+                q, dout, dq, total, lse, delta, k_base + base64 * k_n * UNIT, k_rows,
                 v_base + base64 * v_n * UNIT, v_rows, there, shown, scale2, D, PARTS, STEPS[1], STEPS[2], PRECISION, True, NATURAL,
             )  # fmt: skip
 
-    dq_base = dq_ptr + ((sample64 * queries + first64) * heads + head) * D
-    store_tile(dq_base, wide(rows, WIDE) * heads * D, exists, scaled(dq, scale), D, PARTS)
+    if NATURAL:
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+        dq = scaled(dq, inverse[:, None])
+        tl.store(row_base + rows * 4 + 2, inverse, mask=exists)
+    if dq_ptr is not None:
+        dq_base = dq_ptr + ((sample64 * queries + first64) * heads + head) * D
+        store_tile(dq_base, wide(rows, WIDE) * heads * D, exists, scaled(dq, scale), D, PARTS)

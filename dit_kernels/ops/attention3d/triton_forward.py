@@ -69,7 +69,7 @@ def attention3d_fwd_kernel(
     k_ptr,  # [B, N', H', D]
     v_ptr,
     out_ptr,  # [B, N, H, D]
-    lse_ptr,  # [B, H, N] float32
+    lse_ptr,  # [B, H, N] float32, or None
     text_lens_ptr, kv_lens_ptr, cu_seqlens_ptr, table_ptr,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
     queries, keys, heads, group, text, text_first, sequences, tiles, scale,
@@ -201,11 +201,13 @@ def attention3d_fwd_kernel(
 
     blind = total == 0.0
     acc = scaled(acc, (1.0 / tl.where(blind, 1.0, total))[:, None])
-    if NATURAL:
-        lse = peak + tl.log(tl.where(blind, 1.0, total))
-    else:
-        lse = (peak + tl.log2(tl.where(blind, 1.0, total))) * LN2
-    lse = tl.where(blind, float("-inf"), lse)
+    if lse_ptr is not None:
+        if NATURAL:
+            lse = peak + tl.log(tl.where(blind, 1.0, total))
+        else:
+            lse = (peak + tl.log2(tl.where(blind, 1.0, total))) * LN2
+        lse = tl.where(blind, float("-inf"), lse)
     out_base = out_ptr + ((sample64 * queries + first64) * heads + head) * D
     store_tile(out_base, wide(rows, WIDE) * heads * D, exists, acc, D, PARTS)
-    tl.store(lse_ptr + (sample64 * heads + head) * queries + first64 + rows, lse, mask=exists)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + (sample64 * heads + head) * queries + first64 + rows, lse, mask=exists)
