@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from dit_kernels import backends
-from dit_kernels.ops import triton_launch
+from dit_kernels.ops import triton_launch, triton_tuning
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -214,12 +214,13 @@ def launched(target: str = "sm_90") -> Iterator[None]:
 @contextlib.contextmanager
 def _on_the_host() -> Iterator[None]:
     """Inside, CPU tensors go to the Triton backends; no plan made elsewhere is used, or kept after."""
-    before = triton_launch.host_tensors, backends.unavailable
+    before = triton_launch.host_tensors, backends.unavailable, triton_tuning.tuned
     triton_launch.host_tensors = True
+    triton_tuning.tuned = dict  # type: ignore[assignment]  # nothing: the defaults
     backends.unavailable = lambda backend: None  # type: ignore[assignment]
     triton_launch.Plans.clear()
     try:
         yield
     finally:
-        triton_launch.host_tensors, backends.unavailable = before
+        triton_launch.host_tensors, backends.unavailable, triton_tuning.tuned = before
         triton_launch.Plans.clear()

@@ -48,7 +48,7 @@ def test_every_form_compiles(case, rounding):
 def test_one_variant_for_every_length():
     from dit_kernels.ops.adaln import triton as backend
 
-    backend._plans.clear()
+    triton_launch.Plans.clear()
     kernels = (backend.adaln_fwd_kernel, backend.adaln_bwd_kernel, backend.adaln_bwd_sums_kernel)
     with offline.launched("sm_90"):
         device = triton_launch.triton.runtime.driver.active.get_current_device()
@@ -78,26 +78,32 @@ def test_gradient_sums_are_small():
 
 @pytest.mark.parametrize("target", offline.TARGETS)
 def test_audited_figures(target):
-    with offline.recorded() as launches:
+    with offline.recorded(target) as launches:
         gated(2, 64, channels=1152)
-    row = audit.inspect(launches[0], target)
+    row = {"target": target, **audit.inspect(launches[0], target)}
     assert row["spills"] == 0
-    assert max(row["loads"]) == max(row["stores"]) == 16
-    assert not audit.problems(target, row)
+    assert max(row["loads"]) == max(row["stores"]) == row["aligned"] == 16
+    assert not audit.problems(row)
 
 
-def test_audit_finds_narrow_loads():
-    """Rows that start anywhere cannot be loaded 16 bytes at a time."""
+def test_audit_knows_what_rows_allow():
+    """Rows that start anywhere cannot be loaded 16 bytes at a time, and only that excuses narrow loads."""
     wide = torch.empty(2, 8, 1153, dtype=torch.bfloat16)
     with offline.recorded() as launches:
         ops.adaln(wide[..., 1:], backend="triton")
-    row = audit.inspect(launches[0], "sm_90")
-    assert audit.problems("sm_90", row) == ["most loads are narrower than 16 bytes"]
+    row = {"target": "sm_90", **audit.inspect(launches[0], "sm_90")}
+    assert (row["aligned"], max(row["loads"])) == (2, 2)
+    assert not audit.problems(row)
+    assert audit.problems({**row, "aligned": 16}) == ["most bytes come by loads of 2 where 16 fit"]
 
 
-def test_audit_finds_spills():
-    row = dict(spills=1, loads={16: 1}, tma=False, dot16=False, matrix="")
-    assert audit.problems("sm_80", row) == ["spills"]
+def test_audit_finds_spills_and_slow_products():
+    row = dict(
+        target="sm_90", spills=1, loads={16: 1}, tma=False, dot16=True, matrix="HMMA", aligned=16
+    )
+    assert audit.problems(row) == ["spills", "a 16-bit matrix product without HGMMA"]
+    assert audit.problems({**row, "target": "sm_80"}) == ["spills"]
+    assert not audit.problems({**row, "spills": 0, "matrix": "HGMMA"})
 
 
 def test_chunk_views_are_loaded_whole():
@@ -108,5 +114,53 @@ def test_chunk_views_are_loaded_whole():
     for shift, scale in itertools.pairwise(mod.chunk(6, dim=-1)):
         with offline.recorded() as launches:
             ops.adaln(x, shift, scale, backend="triton")
-        keys.add(launches[0].source("sm_90")[2])
+        keys.add(launches[0].key("sm_90"))
     assert len(keys) == 1
+
+
+def key_of(x: torch.Tensor, **options: object) -> str:
+    with offline.recorded() as launches:
+        ops.adaln(x, backend="triton", **options)
+    return launches[0].key("sm_90")
+
+
+def test_key_of_a_binary():
+    """It changes with all that a binary depends on and the repository decides, and with nothing else."""
+    x = torch.empty(2, 64, 1152, dtype=torch.bfloat16)
+    key = key_of(x)
+    assert key == key_of(torch.empty(1, 999, 1152, dtype=torch.bfloat16))
+    others = {
+        key_of(x.float()), key_of(x, norm="rms"), key_of(x, rounding="eager"), key_of(x[..., :1024]),
+        key_of(torch.empty(2, 64, 1153, dtype=torch.bfloat16)[..., 1:]),
+    }  # fmt: skip
+    assert len(others | {key}) == 6
+
+
+def test_key_follows_the_code(monkeypatch):
+    """The kernel's and that of what it calls, but not its comments."""
+    from dit_kernels.ops.adaln import triton_kernels as kernels
+
+    with offline.recorded() as launches:
+        gated(2, 64)
+    launch = launches[1]
+
+    def key() -> str:
+        offline._code.cache_clear()
+        return launch.key("sm_90")
+
+    before = key()
+    source = kernels.adaln_bwd_kernel.raw_src
+    monkeypatch.setattr(kernels.adaln_bwd_kernel, "raw_src", [*source, "    # a remark\n"])
+    assert key() == before
+    monkeypatch.setattr(kernels.adaln_bwd_kernel, "raw_src", [*source, "    x = 1\n"])
+    assert key() != before
+    monkeypatch.setattr(kernels.adaln_bwd_kernel, "raw_src", source)
+    called = next(
+        used
+        for name, used in vars(kernels).items()
+        if name in kernels.adaln_bwd_kernel.fn.__code__.co_names and hasattr(used, "raw_src")
+    )
+    monkeypatch.setattr(called, "raw_src", [*called.raw_src, "    x = 1\n"])
+    assert key() != before
+    monkeypatch.undo()
+    assert key() == before

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
@@ -56,6 +55,15 @@ def architecture(device: torch.device) -> str:
     return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
+class Plan(NamedTuple):
+    """A launch but for its pointers."""
+
+    grid: tuple[int, ...]
+    numbers: tuple[Any, ...]  # every argument after the pointers
+    options: dict[str, Any]
+    compiled: dict[int, Any]  # see `launch`; empty at first
+
+
 class Plans:
     """What a call works out from its arguments, kept for the next one that is alike.
 
@@ -65,13 +73,13 @@ class Plans:
 
     every: ClassVar[list[Plans]] = []
 
-    def __init__(self, make: Callable[..., Any]) -> None:
+    def __init__(self, make: Callable[..., Plan]) -> None:
         self.make = make
-        self.kept: dict[Any, Any] = {}
+        self.kept: dict[Any, Plan] = {}
         self.every.append(self)
 
-    def __call__(self, tensors: Sequence[Tensor | None], *rest: Any) -> Any:
-        """`make(tensors, *rest)`; the first tensor tells the device."""
+    def __call__(self, tensors: Sequence[Tensor | None], *rest: Any) -> Plan:
+        """`make(tensors, *rest)`. What is in neither must not change the plan or what is specialised on."""
         key = (
             *[
                 t if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
@@ -112,29 +120,40 @@ def launch(
     """
     if 0 in grid:
         return
+    elsewhere = _other_device(args)
+    if elsewhere is not None:
+        with torch.cuda.device(elsewhere):
+            launch(kernel, grid, *args, compiled=compiled, **options)
+        return
     options.setdefault("enable_fp_fusion", True)
-    with _device_of(args):
-        if INTERPRETED or compiled is None or triton.knobs.runtime.launch_enter_hook.calls:
-            kernel[grid](*args, **options)
-            return
-        active = triton.runtime.driver.active
-        device = active.get_current_device()
-        binary = compiled.get(device)
-        if binary is None:
-            compiled[device] = kernel[grid](*args, **options)
-            return
-        x, y, z = (*grid, 1, 1)[:3]
-        binary.run(
-            x, y, z, active.get_current_stream(device), binary.function, binary.packed_metadata,
-            None, None, None, *args,
-        )  # fmt: skip
+    if INTERPRETED or compiled is None or triton.knobs.runtime.launch_enter_hook.calls:
+        kernel[grid](*args, **options)
+        return
+    active = triton.runtime.driver.active
+    device = active.get_current_device()
+    binary = compiled.get(device)
+    if binary is None:
+        compiled[device] = kernel[grid](*args, **options)
+        return
+    x, y, z = (*grid, 1, 1)[:3]
+    binary.run(
+        x, y, z, active.get_current_stream(device), binary.function, binary.packed_metadata,
+        None, None, None, *args,
+    )  # fmt: skip
 
 
-def _device_of(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
+def run(kernel: Any, plan: Plan, *pointers: Tensor | None) -> None:
+    """`launch` by a plan."""
+    launch(
+        kernel, plan.grid, *pointers, *plan.numbers, compiled=plan.compiled, **plan.options
+    )  # fmt: skip
+
+
+def _other_device(args: Sequence[Any]) -> torch.device | None:
+    """The tensors' device, where it is not the current one, on which Triton would launch."""
     for arg in args:
         if isinstance(arg, Tensor):
             if arg.is_cuda and arg.device.index != torch.cuda.current_device():
-                return torch.cuda.device(arg.device)
+                return arg.device
             break
-    return contextlib.nullcontext()
+    return None

@@ -21,6 +21,14 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"triton kernels: {how}"
 
 
+@pytest.fixture(autouse=True)
+def no_plan_of_another_test() -> None:
+    """A test may change the tiles that a kept plan was made with."""
+    from dit_kernels.ops import triton_launch
+
+    triton_launch.Plans.clear()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interpreter() -> None:
     from dit_kernels.ops import triton_launch

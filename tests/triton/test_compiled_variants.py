@@ -34,10 +34,44 @@ def record(self, key, *args, **options):
     variants.setdefault(self.__name__, set()).add(key)
 
 JITFunction._do_compile = record
-triton_launch.launch = lambda kernel, grid, *args, **options: kernel.warmup(*args, grid=grid, **options)
+
+def launch(kernel, grid, *args, compiled=None, **options):
+    kernel.warmup(*args, grid=grid, **options)
+
+triton_launch.launch = launch
 
 def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
+
+def adaln(n):
+    from dit_kernels.ops.adaln import triton as m
+    # a token a sample is another kernel: every token has a modulation row of its own
+    x, branch = empty(2, n + 1, 256), empty(2, n + 1, 256)
+    gate, shift, scale = empty(2, 3 * 256).chunk(3, dim=-1)
+    tensors = (x, branch, gate, None, None, shift, scale, None, None, None, None, empty(256), None, None)
+    call = ("layer", "none", "none", 1e-6, "once")
+    out, y, *saved = m.forward(*tensors, *call, True)
+    needs = [t is not None for t in tensors]
+    m.backward([out, y], *tensors, [out, *saved], *call, needs)
+
+def attention(n, text=0, **options):
+    from dit_kernels.ops.attention3d import triton as m
+    tokens = n * 32 + text
+    q, k, v = empty(1, tokens, 3, 4, 72).unbind(2)
+    lengths = empty(1, dtype=torch.int32) if text else None
+    packed = empty(4, dtype=torch.int32) if options.get("packed") else None
+    grid = [n, 4, 8] if options.get("window") or options.get("causal") else []
+    tensors = (q, k, v, lengths, None, packed)
+    window, stride = ((1, 3, 5), (1, 1, 1)) if options.get("window") else ((), ())
+    call = (grid, window, stride, text, False, bool(options.get("causal")), tokens, 0.1, False, False)
+    out, lse = m.forward(*tensors, *call, True)
+    m.backward([out], *tensors, [out, lse], *call, [True] * 3)
+
+def attention_dense(n): attention(n)
+def attention_window(n): attention(n, window=True)
+def attention_window_text(n): attention(n, window=True, text=n % 7 + 1)
+def attention_causal(n): attention(n + 1, causal=True)  # one frame has nothing to hide
+def attention_packed(n): attention(n, packed=True)
 
 def feed_forward(n):
     from dit_kernels.ops.feed_forward import triton as m
@@ -76,7 +110,7 @@ def final_layer(n):
     m.backward([video], *tensors, saved, *call, [True] * 5)
 
 results = {}
-for op in (feed_forward, unpatchify, qk_norm_rope, patch_embed, final_layer):
+for op in (adaln, attention_dense, attention_window, attention_window_text, attention_causal, attention_packed, feed_forward, unpatchify, qk_norm_rope, patch_embed, final_layer):
     counts = []
     for n in json.loads(sys.argv[1]):
         op(n)
@@ -98,8 +132,12 @@ def counts() -> dict[str, list[dict[str, int]]]:
 
 
 @pytest.mark.parametrize(
-    "op", ["feed_forward", "unpatchify", "qk_norm_rope", "patch_embed", "final_layer"]
-)
+    "op",
+    [
+        "adaln", "attention_dense", "attention_window", "attention_window_text", "attention_causal",
+        "attention_packed", "feed_forward", "unpatchify", "qk_norm_rope", "patch_embed", "final_layer",
+    ],
+)  # fmt: skip
 def test_one_variant_serves_every_length(op, counts):
     first, *others = counts[op]
     assert first

@@ -24,14 +24,25 @@ import torch
 import triton
 from torch import Tensor
 
-from dit_kernels.ops import triton_launch
-from dit_kernels.ops.adaln.tiling import configure
+from dit_kernels.ops import triton_launch, triton_tuning
+from dit_kernels.ops.adaln.tiling import Config, configure, split_row
 from dit_kernels.ops.adaln.tokens import arrange, chunk_tokens, segments, vector
 from dit_kernels.ops.adaln.triton_kernels import (
     adaln_bwd_kernel,
     adaln_bwd_sums_kernel,
     adaln_fwd_kernel,
 )
+
+
+def _candidates(key: triton_tuning.Key, default: Config) -> list[Config]:
+    """The row over half or twice as many warps."""
+    warps = (default.num_warps, max(1, default.num_warps // 2), min(16, 2 * default.num_warps))
+    channels = cast(int, key[0])
+    found = [default._replace(parts=split_row(channels, w), num_warps=w) for w in warps]
+    return list(dict.fromkeys(found))
+
+
+triton_tuning.CANDIDATES |= {"adaln.forward": _candidates, "adaln.backward": _candidates}
 
 
 def supports(*args: Any) -> str | None:
@@ -94,10 +105,9 @@ def forward(
         None if row_index is None else row_index.contiguous(),
     )  # fmt: skip
     statics = (norm, gate_act, branch_norm, eps, rounding)
-    grid, numbers, options, compiled = _plans(tensors, *statics, stats)
-    triton_launch.launch(
-        adaln_fwd_kernel, grid, *tensors, out, y, y2, branch_rstd, mean, rstd, *numbers,
-        compiled=compiled, **options,
+    plan = _plans(tensors, *statics, stats)
+    triton_launch.run(
+        adaln_fwd_kernel, plan, *tensors, out, y, y2, branch_rstd, mean, rstd
     )  # fmt: skip
     return results
 
@@ -110,13 +120,14 @@ def _plan(
     eps: float,
     rounding: str,
     stats: bool,
-) -> tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any], dict[int, Any]]:
-    """(grid, arguments after the pointers, options, the compiled kernel once there is one) of a forward call."""
+) -> triton_launch.Plan:
+    """Of the forward kernel."""
     residual, x, gate, _, _, shift, scale, _, _, shift2, scale2, _, _, row_index = tensors
     x = cast(Tensor, x)
     channels = x.shape[2]
     tokens, forms = arrange((residual, x), (gate, shift, scale, shift2, scale2), row_index)
-    config = configure(channels, "norm" if residual is None else "gated")
+    kind = "norm" if residual is None else "gated"
+    config = triton_tuning.choose("adaln.forward", (channels, kind), configure(channels, kind))
     resident = max(1, config.resident // config.num_warps) * triton_launch.multiprocessors(x)
     chunk = chunk_tokens(tokens.samples * tokens.length, tokens.segment, resident, 16)
     chunks = -(-tokens.segment // chunk)
@@ -134,7 +145,7 @@ def _plan(
         config.num_stages,
     )  # fmt: skip
     options = {"num_warps": config.num_warps, "enable_fp_fusion": not eager}
-    return (tokens.samples * per_sample,), numbers, options, {}
+    return triton_launch.Plan((tokens.samples * per_sample,), numbers, options, {})
 
 
 _plans = triton_launch.Plans(_plan)
@@ -206,6 +217,7 @@ def backward(
     for name, m in form.items():
         sums += f"{name}_table" in wanted or (name in wanted and m.form != "token")
     config = configure(channels, "backward", sums)
+    config = triton_tuning.choose("adaln.backward", (channels, sums), config)
     resident = max(1, config.resident // config.num_warps) * triton_launch.multiprocessors(x)
     by_row = row_index is not None and any(m.form == "index" for m in forms)
     chunk = chunk_tokens(
@@ -231,7 +243,7 @@ def backward(
         (result.get("residual"), result.get("x")) if gated else (result.get("x"), None)
     )
 
-    # where each column sum goes: straight to the gradient where one program has the whole of it
+    # where each column sum goes, and the second stages: (programs a group, groups) -> gradients
     alive = dict(gate=gated, shift=dy is not None, scale=dy is not None, shift2=dy2 is not None, scale2=dy2 is not None)  # fmt: skip
     direct: dict[str, Tensor] = {}
     destination: dict[str, Tensor] = {}
@@ -249,12 +261,8 @@ def backward(
             direct[name] = out
         elif out is not None:
             per_group = 0 if by_row else m.length // tokens.segment * chunks
-            if per_group == 1 and table is None:
-                destination[name] = out
-            else:
-                summed.append(name)
-                groups = out.numel() // channels
-                stages.setdefault((per_group, groups), []).append((name, out))
+            summed.append(name)
+            stages.setdefault((per_group, out.numel() // channels), []).append((name, out))
         if table is not None:
             if name not in summed:
                 summed.append(name)
@@ -297,7 +305,8 @@ def backward(
         num_warps=config.num_warps, enable_fp_fusion=not eager,
     )  # fmt: skip
     for (per_group, groups), pairs in stages.items():
-        block_p, block_c = (4, 256) if 0 < per_group <= 8 else (64, 32)
+        # a batch of samples has enough groups to fill a GPU; whatever their length, one kernel serves
+        block_p, block_c = (4, 256) if per_group and groups >= 64 else (64, 32)
         triton_launch.launch(
             adaln_bwd_sums_kernel, (groups, triton.cdiv(channels, block_c), len(pairs)),
             tuple(destination[name] for name, _ in pairs), tuple(out for _, out in pairs),

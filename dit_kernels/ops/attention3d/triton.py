@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
 from torch import Tensor
 
-from dit_kernels.ops import triton_launch
+from dit_kernels.ops import triton_launch, triton_tuning
 from dit_kernels.ops.attention3d import triton_backward, triton_forward
 from dit_kernels.ops.attention3d.triton_tiles import Triple, choose_cubes, count_tiles
 
@@ -57,12 +57,12 @@ _TABLE: dict[str, dict[str, tuple[tuple[int, Config, Config], ...]]] = {
         "fwd": (
             (64, Config(128, 128, 8, 3), Config(128, 64, 8, 3)),
             (128, Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
-            (256, Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+            (256, Config(128, 64, 8, 2), Config(128, 16, 8, 2)),
         ),
         "dq": (
             (64, Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
             (128, Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
-            (256, Config(128, 32, 8, 1), Config(128, 16, 8, 1)),
+            (256, Config(128, 16, 8, 2), Config(128, 16, 8, 1)),
         ),
         "dkdv": (
             (64, Config(64, 128, 8, 2), Config(64, 128, 8, 2)),
@@ -96,17 +96,46 @@ _TABLE["sm_100"] = {
         (256, Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
     ),
 }
+# (architecture, kernel) -> head dims and tiles for causal_time without a window: its mask takes registers too
+_CAUSAL = {("sm_90", "dkdv"): (range(97, 129), Config(32, 128, 8, 2))}
 _FLOAT32 = ((64, Config(64, 32, 4, 1)), (128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1)))
 
 
 def configuration(
-    kernel: str, dim: int, dtype: torch.dtype, architecture: str, cubes: bool = False
+    kernel: str,
+    dim: int,
+    dtype: torch.dtype,
+    architecture: str,
+    cubes: bool = False,
+    causal: bool = False,
 ) -> Config:
     """The tiles of a kernel for a shape class; the number of tokens has no part in it."""
-    if dtype == torch.float32:
-        return next(config for widest, config in _FLOAT32 if dim <= widest)
     table = _TABLE[architecture][kernel]
-    return next(found[cubes] for widest, *found in table if dim <= widest)
+    default = next(found[cubes] for widest, *found in table if dim <= widest)
+    if dtype == torch.float32:
+        default = next(config for widest, config in _FLOAT32 if dim <= widest)
+    elif causal and not cubes and (architecture, kernel) in _CAUSAL:
+        dims, config = _CAUSAL[architecture, kernel]
+        default = config if dim in dims else default
+    form = "cubes" if cubes else "causal" if causal else "runs"
+    return triton_tuning.choose(f"attention3d.{kernel}", (dim, dtype, form), default)
+
+
+def _candidates(kernel: str, key: triton_tuning.Key, default: Config) -> list[Config]:
+    """What other head dims and GPUs take, and one stage more or less."""
+    rows = [row for table in _TABLE.values() for row in table[kernel]]
+    found = [config for _, *both in rows for config in both]
+    found += [default._replace(num_stages=max(1, default.num_stages + d)) for d in (-1, 1)]
+    return list(dict.fromkeys([default, *found]))
+
+
+for _kernel in ("fwd", "dq", "dkdv"):
+    triton_tuning.CANDIDATES[f"attention3d.{_kernel}"] = functools.partial(_candidates, _kernel)
+
+
+def _apart(dim: int, dtype: torch.dtype, cubes: bool) -> bool:
+    """Whether dk and dv take a launch each: together, with the masks of cubes, they don't fit the registers."""
+    return cubes and dim > 128 and dtype != torch.float32
 
 
 @functools.cache
@@ -264,20 +293,14 @@ def _wide(call: _Call, tensors: Sequence[Tensor], config: Config, tiles: _Tiles)
     return rows * row >= 2**31
 
 
-def _options(
-    call: _Call, q: Tensor, config: Config, tiles: _Tiles, *tensors: Tensor
-) -> dict[str, Any]:
-    return dict(
-        WIDE=_wide(call, (q, *tensors), config, tiles),
-        CUBES=call.windowed,
-        CAUSAL=call.causal,
-        TEXT=call.text > 0,
-        PRECISION=_precision(q.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+def _forms(
+    call: _Call, tensors: Sequence[Tensor], config: Config, tiles: _Tiles, precision: str
+) -> tuple[Any, ...]:
+    """The kernels' last constants, CUBES to BLOCK_N."""
+    return (
+        call.windowed, call.causal, call.text > 0, _wide(call, tensors, config, tiles), precision,
+        config.block_m, config.block_n,
+    )  # fmt: skip
 
 
 def forward(
@@ -287,26 +310,48 @@ def forward(
     return_lse: bool, deterministic: bool, stats: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[out], [lse] where it is asked for or saved."""
+    samples, queries, heads, _ = q.shape
+    tensors = (q, k, v, text_lens, kv_lens, cu_seqlens)
+    plan = _plans(
+        tensors, tuple(grid), tuple(window_size), tuple(stride), text_tokens, text_first, causal_time, scale,
+        _precision(q.dtype), return_lse or stats,
+    )  # fmt: skip
+    out = q.new_empty(q.shape)
+    lse = None
+    if return_lse or stats:
+        lse = q.new_empty((samples, heads, queries), dtype=torch.float32)
+    triton_launch.run(triton_forward.attention3d_fwd_kernel, plan, q, k, v, out, lse, *tensors[3:])
+    return [out] if lse is None else [out, lse]
+
+
+def _plan(
+    tensors: Sequence[Tensor | None], grid: Sequence[int], window_size: Sequence[int], stride: Sequence[int],
+    text_tokens: int, text_first: bool, causal_time: bool, scale: float, precision: str, with_lse: bool,
+) -> triton_launch.Plan:  # fmt: skip
+    """Of the forward kernel."""
+    q, k, v, text_lens, _, cu_seqlens = tensors
+    q, k, v = cast(Tensor, q), cast(Tensor, k), cast(Tensor, v)
     samples, queries, heads, dim = q.shape
     call = _call(
         q, cu_seqlens, text_lens, grid, window_size, stride, text_tokens, text_first, causal_time
     )
-    config = configuration("fwd", dim, q.dtype, triton_launch.architecture(q.device), call.windowed)
+    config = configuration(
+        "fwd", dim, q.dtype, triton_launch.architecture(q.device), call.windowed, call.causal
+    )
     tiles = _tiles(call, queries, config, False, cu_seqlens is not None, q.device)
     unit = _unit(q, k, v)
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((samples, heads, queries), dtype=torch.float32)
-    triton_launch.launch(
-        triton_forward.attention3d_fwd_kernel,
-        (samples * heads * tiles.tiles,),
-        q, k, v, out, lse, text_lens, kv_lens, cu_seqlens, tiles.table,
-        *_strides(q, unit), *_strides(k, unit), *_strides(v, unit),
+    numbers = (
+        tiles.table, *_strides(q, unit), *_strides(k, unit), *_strides(v, unit),
         queries, k.shape[1], heads, heads // k.shape[2], call.text, int(text_first), call.sequences,
         tiles.tiles, scale, *tiles.geometry,
-        D=dim, PARTS=parts(dim), STEPS=(q.stride(3), k.stride(3), v.stride(3)), UNIT=unit,
-        **_options(call, q, config, tiles, k, v),
+        dim, parts(dim), (q.stride(3), k.stride(3), v.stride(3)), unit,
+        *_forms(call, (q, k, v), config, tiles, precision),
     )  # fmt: skip
-    return [out, lse] if return_lse or stats else [out]
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    return triton_launch.Plan((samples * heads * tiles.tiles,), numbers, options, {})
+
+
+_plans = triton_launch.Plans(_plan)
 
 
 def backward(
@@ -343,12 +388,12 @@ def backward(
     strides = [n for x in (q, k, v, dout) for n in _strides(x, unit)]
     steps = (q.stride(3), k.stride(3), v.stride(3))
 
-    def run(kernel: Any, name: str, results: list[Tensor]) -> None:
+    def run(kernel: Any, name: str, results: list[Tensor | None]) -> None:
         by_key = name == "dkdv"
         # sm_90: with a part of 16, ptxas makes the products of this kernel wait for one another (C7514)
         least = 32 if by_key and triton_launch.architecture(q.device) == "sm_90" else 16
         config = configuration(
-            name, dim, q.dtype, triton_launch.architecture(q.device), call.windowed
+            name, dim, q.dtype, triton_launch.architecture(q.device), call.windowed, call.causal
         )
         tiles = _tiles(
             call, keys if by_key else queries, config, by_key, cu_seqlens is not None, q.device
@@ -359,17 +404,20 @@ def backward(
             q, k, v, dout, rows, *results, text_lens, kv_lens, cu_seqlens, tiles.table,
             *strides, queries, keys, heads, heads // kv_heads, call.text, int(text_first),
             call.sequences, tiles.tiles, scale, *tiles.geometry,
-            D=dim, PARTS=parts(dim, least), STEPS=steps, UNIT=unit,
-            **_options(call, q, config, tiles, k, v, dout),
-            **(dict(GROUPED=heads != kv_heads) if by_key else {}),
+            dim, parts(dim, least), steps, unit, *([heads != kv_heads] if by_key else []),
+            *_forms(call, (q, k, v, dout), config, tiles, _precision(q.dtype)),
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
-    found: list[Tensor] = []
-    if needs[0]:
-        found.append(q.new_empty(q.shape))
-        run(triton_backward.attention3d_dq_kernel, "dq", [found[0]])
+    found = [q.new_empty(q.shape)] if needs[0] else []
+    if needs[0] or q.dtype == torch.float32:  # dk and dv want its sums of p
+        run(triton_backward.attention3d_dq_kernel, "dq", [*found] or [None])
+    dk, dv = (
+        x.new_empty(x.shape) if need else None for x, need in zip((k, v), needs[1:3], strict=True)
+    )
     if needs[1] or needs[2]:
-        both = [k.new_empty(k.shape), v.new_empty(v.shape)]
-        run(triton_backward.attention3d_dkdv_kernel, "dkdv", both)
-        found += [grad for grad, need in zip(both, needs[1:3], strict=True) if need]
-    return found
+        apart = _apart(dim, q.dtype, call.windowed)
+        for results in ([dk, None], [None, dv]) if apart else ([dk, dv],):
+            if any(result is not None for result in results):
+                run(triton_backward.attention3d_dkdv_kernel, "dkdv", results)
+    return [*found, *(grad for grad in (dk, dv) if grad is not None)]

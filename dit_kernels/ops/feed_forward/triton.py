@@ -10,16 +10,37 @@ before its rounding, one float32 row a program and then `triton_rows.add_rows`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_kernels.ops import triton_launch, triton_rows
+from dit_kernels.ops import triton_launch, triton_rows, triton_tuning
 
-_BLOCK_F = 512
-# what a thread of 4 warps holds of x: 16 elements
-_BLOCK_M = 4
+
+class _Tiles(NamedTuple):
+    """A thread holds block_m * block_f / (32 * num_warps) elements of x."""
+
+    block_m: int
+    block_f: int
+    num_warps: int
+
+
+_DEFAULT = _Tiles(4, 512, 4)
+_OTHERS = (_Tiles(8, 256, 4), _Tiles(2, 1024, 4), _Tiles(4, 1024, 8), _Tiles(2, 512, 4))
+
+
+def _candidates(key: triton_tuning.Key, default: _Tiles) -> list[_Tiles]:
+    return [default, *_OTHERS]
+
+
+triton_tuning.CANDIDATES |= {
+    "feed_forward.forward": _candidates,
+    "feed_forward.backward": _candidates,
+}
 
 
 @triton.jit
@@ -169,8 +190,7 @@ def _feed_forward_bwd_kernel(
 
 
 def supports(x: Tensor, bias: Tensor | None, act: str) -> str | None:
-    sizes, _ = triton_rows.folded(x.shape[:-1], x.stride()[:-1])
-    if len(sizes) > 2:
+    if x.dim() > 3 and len(triton_rows.folded(x.shape[:-1], x.stride()[:-1])[0]) > 2:
         return f"x's leading axes must fold into two by their strides; got {list(x.stride())}"
     return triton_launch.unsupported((x, bias))
 
@@ -180,15 +200,27 @@ def forward(x: Tensor, bias: Tensor | None, act: str, stats: bool) -> list[Tenso
     y = x.new_empty((*x.shape[:-1], columns))
     if y.numel() == 0:
         return [y]
-    rows, inner, (x_strides,), vec, unit = _arrange(x)
-    blocks = triton.cdiv(columns, _BLOCK_F)
-    chunk = _chunk(x, rows, blocks, 32)
-    triton_launch.launch(
-        _feed_forward_fwd_kernel, (triton.cdiv(rows, chunk) * blocks,),
-        x, _vector(bias), y, rows, inner, chunk, *x_strides,
-        columns, act, vec, unit, _BLOCK_M, _BLOCK_F, num_warps=4,
-    )  # fmt: skip
+    bias = _vector(bias)
+    triton_launch.run(_feed_forward_fwd_kernel, _plans((x, bias), act), x, bias, y)
     return [y]
+
+
+def _plan(tensors: Sequence[Tensor | None], act: str) -> triton_launch.Plan:
+    """Of the forward kernel."""
+    x = cast(Tensor, tensors[0])
+    columns = x.shape[-1] if act.startswith("gelu") else x.shape[-1] // 2
+    rows, inner, (x_strides,), vec, unit = _arrange(x)
+    tiles = triton_tuning.choose("feed_forward.forward", (columns, act), _DEFAULT)
+    blocks = triton.cdiv(columns, tiles.block_f)
+    chunk = _chunk(x, rows, blocks, tiles.block_m, 32)
+    numbers = (
+        rows, inner, chunk, *x_strides, columns, act, vec, unit, tiles.block_m, tiles.block_f
+    )  # fmt: skip
+    options = dict(num_warps=tiles.num_warps)
+    return triton_launch.Plan((triton.cdiv(rows, chunk) * blocks,), numbers, options, {})
+
+
+_plans = triton_launch.Plans(_plan)
 
 
 def backward(
@@ -211,8 +243,9 @@ def backward(
         if len(triton_rows.folded(x.shape[:-1], x.stride()[:-1], dy.stride()[:-1])[0]) > 2:
             x = x.contiguous()
     rows, inner, (x_strides, dy_strides), vec, unit = _arrange(x, dy)
-    blocks = triton.cdiv(columns, _BLOCK_F)
-    chunk = _chunk(x, rows, blocks, 256)
+    tiles = triton_tuning.choose("feed_forward.backward", (columns, act), _DEFAULT)
+    blocks = triton.cdiv(columns, tiles.block_f)
+    chunk = _chunk(x, rows, blocks, tiles.block_m, 256)
     programs = triton.cdiv(rows, chunk)
     sums = None
     if dbias is not None:
@@ -220,7 +253,7 @@ def backward(
     triton_launch.launch(
         _feed_forward_bwd_kernel, (programs * blocks,),
         dy, x, _vector(bias), dx, sums, rows, inner, chunk, *x_strides, *dy_strides,
-        columns, act, vec, unit, _BLOCK_M, _BLOCK_F, num_warps=4,
+        columns, act, vec, unit, tiles.block_m, tiles.block_f, num_warps=tiles.num_warps,
     )  # fmt: skip
     if dbias is not None:
         triton_rows.add_rows(sums, dbias)
@@ -240,10 +273,10 @@ def _arrange(*tensors: Tensor) -> tuple[int, int, list[tuple[int, int, int]], in
     return rows, inner, result, vec, unit
 
 
-def _chunk(x: Tensor, rows: int, blocks: int, most: int) -> int:
+def _chunk(x: Tensor, rows: int, blocks: int, block_m: int, most: int) -> int:
     """Rows of one program: enough programs to fill the GPU several times, not more than `most` rows."""
     slots = 16 * triton_launch.multiprocessors(x)
-    chunk = _BLOCK_M
+    chunk = block_m
     while chunk < most and rows * blocks > chunk * slots:
         chunk *= 2
     return chunk

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import triton
@@ -494,21 +494,48 @@ def forward(
         saved = [x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(count)]
     if x.numel() == 0:
         return [video, *saved]
-    call = _arrange(x, shift, scale, weight, _LEAST_GROUP + x.shape[1])
+    mean, rstd = _statistics(saved, norm)
+    tensors = (x, shift, scale, weight, _vector(bias), video)
     native, precision = _dot(x, weight)
+    plan = _plans(
+        tensors, tuple(grid), tuple(patch_size), channels, layout, norm, eps, stats, native, precision
+    )  # fmt: skip
+    triton_launch.run(_final_layer_fwd_kernel, plan, *tensors, mean, rstd)
+    return [video, *saved]
+
+
+def _plan(
+    tensors: Sequence[Tensor | None],
+    grid: tuple[int, ...],
+    patch_size: tuple[int, ...],
+    channels: int,
+    layout: str,
+    norm: str,
+    eps: float,
+    stats: bool,
+    native: bool,
+    precision: str,
+) -> triton_launch.Plan:
+    """Of the forward kernel."""
+    x, shift, scale, weight, _, video = tensors
+    x, weight, video = cast(Tensor, x), cast(Tensor, weight), cast(Tensor, video)
+    call = _arrange(x, shift, scale, weight, _LEAST_GROUP + x.shape[1])
     block_m, block_c, warps = (64, 128, 8) if native else (32, 32, 4)
     block_k = max(16, min(128, triton_rows.power_of_two(weight.shape[0])))
-    mean, rstd = _statistics(saved, norm)
-    triton_launch.launch(
-        _final_layer_fwd_kernel,
-        (x.shape[0] * triton.cdiv(x.shape[1], block_m), triton.cdiv(weight.shape[0], block_k)),
-        x, shift, scale, weight, _vector(bias), video, mean, rstd,
+    programs = (
+        x.shape[0] * triton.cdiv(x.shape[1], block_m),
+        triton.cdiv(weight.shape[0], block_k),
+    )
+    numbers = (
         x.shape[1], grid[1], grid[2], eps, *call.x, *call.shift, *call.scale, *weight.stride(), *video.stride(),
-        x.shape[2], weight.shape[0], *patch_size, _rows(tuple(patch_size), channels, layout), norm == "layer",
+        x.shape[2], weight.shape[0], *patch_size, _rows(patch_size, channels, layout), norm == "layer",
         *call.access, weight.is_contiguous(), call.shift_form, call.scale_form, native, precision,
-        block_m, block_c, block_k, num_warps=warps, num_stages=2,
+        block_m, block_c, block_k,
     )  # fmt: skip
-    return [video, *saved]
+    return triton_launch.Plan(programs, numbers, dict(num_warps=warps, num_stages=2), {})
+
+
+_plans = triton_launch.Plans(_plan)
 
 
 def backward(

@@ -15,14 +15,16 @@ dweight = dtokens^T @ A and dbias, cut along m into one float32 result a program
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_kernels.ops import triton_launch, triton_rows
+from dit_kernels.ops import triton_launch, triton_rows, triton_tuning
 
 
 @triton.jit
@@ -296,24 +298,40 @@ def forward(
     out = video.new_empty((video.shape[0], tokens, channels))
     if out.numel() == 0:
         return [out]
+    tensors = (video, weight, _vector(bias), pos_embed)
+    plan = _plans(tensors, *_products(video.dtype, weight.dtype))
+    triton_launch.run(_patch_embed_fwd_kernel, plan, *tensors, out)
+    return [out]
+
+
+def _plan(tensors: Sequence[Tensor | None], native: bool, precision: str) -> triton_launch.Plan:
+    """Of the forward kernel."""
+    video, weight = cast(Tensor, tensors[0]), cast(Tensor, tensors[1])
+    pos_embed = tensors[3]
+    grid = _grid(video, weight)
+    tokens = grid[0] * grid[1] * grid[2]
+    channels = weight.shape[0]
     gather = _gather(video, weight)
-    native, precision = _products(video.dtype, weight.dtype)
-    config = _configure(channels, weight[0].numel(), native)
+    volume = weight[0].numel()
+    config = _configure(channels, volume, native)
+    config = triton_tuning.choose("patch_embed.forward", (channels, volume, native), config)
     pos_strides, pos_vec, pos_unit = (0, 0), 1, True
     if pos_embed is not None:
         pos_unit = pos_embed.stride(1) == 1
         pos_vec = triton_rows.vector(pos_embed.stride(0)) if pos_unit else 1
         pos_strides = (pos_embed.stride(0) // pos_vec, pos_embed.stride(1))
     rows = video.shape[0] * tokens
-    triton_launch.launch(
-        _patch_embed_fwd_kernel,
-        (triton.cdiv(rows, config.block_m) * triton.cdiv(channels, config.steps * config.block_c),),
-        video, weight, _vector(bias), pos_embed, out, rows, tokens, grid[1], grid[2],
-        *gather.strides, *weight.stride(), *pos_strides,
+    columns = triton.cdiv(channels, config.steps * config.block_c)
+    numbers = (
+        rows, tokens, grid[1], grid[2], *gather.strides, *weight.stride(), *pos_strides,
         *weight.shape, gather.last, gather.vec, gather.unit, weight.is_contiguous(), pos_vec, pos_unit,
-        native, precision, *config, num_warps=8 if native else 4, num_stages=2,
+        native, precision, *config,
     )  # fmt: skip
-    return [out]
+    options = dict(num_warps=8 if native else 4, num_stages=2)
+    return triton_launch.Plan((triton.cdiv(rows, config.block_m) * columns,), numbers, options, {})
+
+
+_plans = triton_launch.Plans(_plan)
 
 
 def backward(
@@ -431,6 +449,15 @@ def _configure(channels: int, volume: int, native: bool) -> _Config:
     block_c = max(16, min(64, triton_rows.power_of_two(channels)))
     block_k = max(16, min(64 if native else 32, triton_rows.power_of_two(volume)))
     return _Config(128 if native else 64, block_c, block_k, 4)
+
+
+def _candidates(key: triton_tuning.Key, default: _Config) -> list[_Config]:
+    """Other runs of patches, other numbers of column blocks."""
+    sizes = itertools.product((default.block_m, default.block_m // 2), (default.steps, 1, 8))
+    return [default._replace(block_m=m, steps=steps) for m, steps in sizes]
+
+
+triton_tuning.CANDIDATES["patch_embed.forward"] = _candidates
 
 
 def _chunk(video: Tensor, rows: int, blocks: int, block_m: int) -> int:

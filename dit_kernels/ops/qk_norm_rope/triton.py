@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import triton
@@ -65,6 +65,35 @@ def forward(
                 shape = x.shape[:3] if over == "head" else x.shape[:2]
                 count = {"none": 0, "rms": 1, "layer": 2}[norm]
                 saved += [x.new_empty(shape, dtype=torch.float32) for _ in range(count)]
+    parameters = [_vector(p) for p in (q_weight, q_bias, k_weight, k_bias)]
+    cos, sin = _tables(cos, sin)
+    plan = _plans(
+        (q, k, *parameters, cos, sin),
+        norm, over, eps, act, layout, sections, rope_start, rounding, stats,
+    )  # fmt: skip
+    triton_launch.run(
+        kernels.qk_norm_rope_fwd_kernel, plan,
+        q, k, outputs[0], None if k is None else outputs[1], *_statistics_of(saved, norm, k is not None),
+        *parameters, cos, sin,
+    )  # fmt: skip
+    return outputs + saved
+
+
+def _plan(
+    tensors: Sequence[Tensor | None],
+    norm: str,
+    over: str,
+    eps: float,
+    act: str,
+    layout: str,
+    sections: int,
+    rope_start: int,
+    rounding: str,
+    stats: bool,
+) -> triton_launch.Plan:
+    """Of the forward kernel."""
+    q, k, *_, cos, sin = tensors
+    q = cast(Tensor, q)
     angles = _arrange_angles(cos, sin)
     row = _row(q.shape[3], angles, layout, sections)
     hidden = over == "hidden"
@@ -73,16 +102,17 @@ def forward(
     k_programs, k_chunks, k_chunk = _programs(k, k_tile, 16, 16)
     strides, vec, unit = _strides(q, k)
     eager = rounding == "eager"
-    triton_launch.launch(
-        kernels.qk_norm_rope_fwd_kernel, (q_programs + k_programs,),
-        q, k, outputs[0], None if k is None else outputs[1], *_statistics_of(saved, norm, k is not None),
-        *map(_vector, (q_weight, q_bias, k_weight, k_bias)), angles.cos, angles.sin,
+    numbers = (
         q_programs, q.shape[1], 0 if k is None else k.shape[1], q_chunks, k_chunks, q_chunk, k_chunk,
         *strides, rope_start, angles.length, *angles.strides, eps,
         *q_tile, *k_tile, vec, *row, unit, angles.vec, angles.heads, angles.unit, angles.period,
-        norm, hidden, act == "relu", eager, num_warps=warps, enable_fp_fusion=not eager,
+        norm, hidden, act == "relu", eager,
     )  # fmt: skip
-    return outputs + saved
+    options = dict(num_warps=warps, enable_fp_fusion=not eager)
+    return triton_launch.Plan((q_programs + k_programs,), numbers, options, {})
+
+
+_plans = triton_launch.Plans(_plan)
 
 
 def backward(
@@ -128,8 +158,8 @@ def backward(
 
     if any(result is not None for result in results[:6]):
         q_tile, k_tile, warps, cut = _tiles(q, k, (dq_out, dk_out), angles, row, hidden)
-        q_programs, q_chunks, q_chunk = _programs(dq_out, q_tile, 8, 4096)
-        k_programs, k_chunks, k_chunk = _programs(dk_out, k_tile, 8, 4096)
+        q_programs, q_chunks, q_chunk = _programs(dq_out, q_tile, 4, 4096)
+        k_programs, k_chunks, k_chunk = _programs(dk_out, k_tile, 4, 4096)
         sums = {
             i: q.new_empty((programs, results[i].numel()), dtype=torch.float32)
             for i, programs in ((2, q_programs), (4, q_programs), (3, k_programs), (5, k_programs))
@@ -185,11 +215,17 @@ class _Angles(NamedTuple):
 _NO_ANGLES = _Angles(None, None, 0, (0, 0, 0, 1), 1, False, True, 0)
 
 
-def _arrange_angles(cos: Tensor | None, sin: Tensor | None) -> _Angles:
+def _tables(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """With one set of strides; neither where no channel turns."""
     if cos is None or sin is None or cos.shape[-1] == 0:
+        return None, None
+    return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
+
+
+def _arrange_angles(cos: Tensor | None, sin: Tensor | None) -> _Angles:
+    cos, sin = _tables(cos, sin)
+    if cos is None:
         return _NO_ANGLES
-    if cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
     if cos.dim() == 2:
         sample, token, head, angle = 0, cos.stride(0), 0, cos.stride(1)
     else:

@@ -178,7 +178,20 @@ def _move(
 ) -> None:
     if tokens.numel() == 0:
         return
-    how = _permutation(tuple(patch_size), channels, layout)
+    plan = _plans((tokens, video), tuple(grid), tuple(patch_size), channels, layout, inverse)
+    triton_launch.run(_unpatchify_kernel, plan, tokens, video)
+
+
+def _plan(
+    tensors: Sequence[Tensor],
+    grid: tuple[int, ...],
+    patch_size: tuple[int, ...],
+    channels: int,
+    layout: str,
+    inverse: bool,
+) -> triton_launch.Plan:
+    tokens, video = tensors
+    how = _permutation(patch_size, channels, layout)
     block_h, block_w, warps = _configure(how.padded, _bucket(grid[2]))
     t_unit, v_unit = tokens.stride(2) == 1, video.stride(4) == 1
     t_vec = triton_rows.vector(*tokens.stride()[:2]) if t_unit else 1
@@ -186,13 +199,17 @@ def _move(
     programs = (
         tokens.shape[0] * grid[0] * triton.cdiv(grid[1], block_h) * triton.cdiv(grid[2], block_w)
     )
-    triton_launch.launch(
-        _unpatchify_kernel, (programs,), tokens, video, *grid, video.shape[4] // v_vec,
+    numbers = (
+        *grid, video.shape[4] // v_vec,
         *(s // t_vec for s in tokens.stride()[:2]), tokens.stride(2),
         *(s // v_vec for s in video.stride()[:4]), video.stride(4),
         *how.sizes, *how.padded, how.order, how.back, inverse, t_vec, t_unit, v_vec, v_unit,
-        block_h, block_w, num_warps=warps,
+        block_h, block_w,
     )  # fmt: skip
+    return triton_launch.Plan((programs,), numbers, dict(num_warps=warps), {})
+
+
+_plans = triton_launch.Plans(_plan)
 
 
 class _Permutation(NamedTuple):

@@ -1,0 +1,113 @@
+"""Tiles that were measured to be faster than the defaults on this GPU, kept on disk.
+
+No call is ever tuned: a call takes what is on disk for its shape class, else the default, which needs no
+tuning. `python -m benchmarks.tune` measures the few candidates of each class and writes the file. A class is
+what a kernel is compiled for (channels, head dim, form) and never a number of tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import triton
+
+Tiles = TypeVar("Tiles", bound=NamedTuple)
+Key = tuple[Hashable, ...]
+
+FORMAT = 1
+# kernel -> the candidates of a class, from its key and default
+CANDIDATES: dict[str, Callable[[Key, Any], list[Any]]] = {}
+# set by the tuner: what to try now, and where to note what calls asked for
+trying: dict[tuple[str, str], Any] = {}
+asked: dict[tuple[str, str], tuple[Key, Any]] | None = None
+
+
+def choose(kernel: str, key: Key, default: Tiles) -> Tiles:
+    """The tiles for a class: on trial, else tuned for this GPU, else the default."""
+    name = _name(key)
+    if asked is not None:
+        asked.setdefault((kernel, name), (key, default))
+    found = trying.get((kernel, name)) or tuned().get(kernel, {}).get(name)
+    return default if found is None else type(default)(*found)
+
+
+def _name(key: Key) -> str:
+    return " ".join(map(str, key))
+
+
+@functools.cache
+def tuned() -> dict[str, dict[str, list[Any]]]:
+    """kernel -> class -> tiles, of this GPU, this source and this Triton; read once a process."""
+    if not torch.cuda.is_available():
+        return {}
+    return load(file(), version())
+
+
+def file() -> Path:
+    """DIT_KERNELS_TUNED, or a file of the GPU's name in the user's cache."""
+    given = os.environ.get("DIT_KERNELS_TUNED")
+    if given:
+        return Path(given)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "dit_kernels" / f"{torch.cuda.get_device_name().replace(' ', '-')}.json"
+
+
+def version() -> dict[str, Any]:
+    """What a tuned file must have been made with."""
+    return {
+        "format": FORMAT,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "triton": triton.__version__,
+        "source": source(),
+    }
+
+
+@functools.cache
+def source() -> str:
+    """A hash of every Triton kernel and of how it is launched."""
+    here = Path(__file__).parent
+    files = sorted([*here.glob("*/*triton*.py"), *here.glob("*/t*.py"), *here.glob("triton_*.py")])
+    code = b"".join(path.read_bytes() for path in dict.fromkeys(files))
+    return hashlib.sha256(code).hexdigest()[:16]
+
+
+def load(path: Path, wanted: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
+    """What a file holds; nothing where it is missing, of another version, or, with a warning, broken."""
+    try:
+        content = json.loads(path.read_text())
+        if content["version"] != wanted:
+            return {}
+        tiles = content["tiles"]
+        for classes in tiles.values():
+            for name, values in classes.items():
+                if not isinstance(name, str) or not all(isinstance(v, int | list) for v in values):
+                    raise ValueError(f"no tiles: {name}: {values}")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"{path} is no file of tuned tiles and is ignored: {error!r}", stacklevel=2)
+        return {}
+    return {
+        kernel: {name: [_tuples(v) for v in values] for name, values in classes.items()}
+        for kernel, classes in tiles.items()
+    }
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def save(path: Path, made_with: dict[str, Any], tiles: dict[str, dict[str, list[Any]]]) -> None:
+    """All or nothing: another process may be reading."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    new.write_text(json.dumps({"version": made_with, "tiles": tiles}, indent=1) + "\n")
+    new.replace(path)
