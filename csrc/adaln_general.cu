@@ -198,27 +198,37 @@ __global__ void __launch_bounds__(kThreads) adaln_bwd_any_kernel(const AdalnBack
   }
 }
 
-constexpr int kSumColumns = 32, kSumRows = 8;
+constexpr int kSumLanes = 32, kSumRows = 8;
 
-__global__ void __launch_bounds__(kSumColumns* kSumRows) adaln_bwd_sums_kernel(const AdalnSums call) {
-  __shared__ float scratch[kSumRows][kSumColumns];
+// WIDTH columns a thread
+template <int WIDTH>
+__global__ void __launch_bounds__(kSumLanes* kSumRows) adaln_bwd_sums_kernel(const AdalnSums call) {
+  __shared__ float scratch[kSumRows][kSumLanes * WIDTH];
   const AdalnSums::Item& item = call.items[blockIdx.z];
-  const int lane = threadIdx.x % kSumColumns, warp = threadIdx.x / kSumColumns;
-  const int channel = blockIdx.x * kSumColumns + lane;
+  const int lane = threadIdx.x % kSumLanes, warp = threadIdx.x / kSumLanes;
+  const int channel = (blockIdx.x * kSumLanes + lane) * WIDTH;
   for (int64_t group = blockIdx.y; group < item.groups; group += gridDim.y) {
     const int64_t low = item.rows > 0 ? group * item.rows : call.first[group];
     const int64_t high = item.rows > 0 ? low + item.rows : call.first[group + 1];
-    float total = 0.0f;
+    float total[WIDTH], more[WIDTH];
+    fill(total, 0.0f);
     if (channel < call.channels) {
 #pragma unroll 4
-      for (int64_t row = low + warp; row < high; row += kSumRows) total += item.sums[row * call.channels + channel];
+      for (int64_t row = low + warp; row < high; row += kSumRows) {
+        load_channels(more, item.sums, row * call.channels + channel, DType::float32);
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) total[i] += more[i];
+      }
     }
-    scratch[warp][lane] = total;
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) scratch[warp][i * kSumLanes + lane] = total[i];
     __syncthreads();
     if (warp == 0 && channel < call.channels) {
-      for (int w = 1; w < kSumRows; ++w) total += scratch[w][lane];
-      const float values[1] = {total};
-      store_channels(item.out.data, group * call.channels + channel, values, item.out.dtype);
+      for (int w = 1; w < kSumRows; ++w) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) total[i] += scratch[w][i * kSumLanes + lane];
+      }
+      store_channels(item.out.data, group * call.channels + channel, total, item.out.dtype);
     }
     __syncthreads();
   }
@@ -241,9 +251,13 @@ void adaln_backward_sums(const AdalnSums& call, cudaStream_t stream) {
   using namespace adaln;
   int64_t groups = 0;
   for (int i = 0; i < call.count; ++i) groups = std::max(groups, call.items[i].groups);
-  const dim3 grid(static_cast<unsigned>(ceil_div(call.channels, kSumColumns)),
-                  static_cast<unsigned>(std::min<int64_t>(groups, 65535)), static_cast<unsigned>(call.count));
-  DK_LAUNCH(adaln_bwd_sums_kernel, grid, dim3(kSumColumns * kSumRows), 0, stream, call);
+  // rows of sums and of gradients are contiguous, from addresses that an allocator gave
+  with_bool(call.channels % 4 == 0, [&](auto wide) {
+    constexpr int WIDTH = decltype(wide)::value ? 4 : 1;
+    const dim3 grid(static_cast<unsigned>(ceil_div(call.channels, kSumLanes * WIDTH)),
+                    static_cast<unsigned>(std::min<int64_t>(groups, 65535)), static_cast<unsigned>(call.count));
+    DK_LAUNCH(adaln_bwd_sums_kernel<WIDTH>, grid, dim3(kSumLanes * kSumRows), 0, stream, call);
+  });
 }
 
 }  // namespace dk

@@ -122,21 +122,6 @@ __device__ inline void fill_modulated(T* tile, const FinalLayer& call, const Lin
   }
 }
 
-// The gradient of LENGTH values of the lines' patches; neighbouring threads read neighbouring patches
-template <typename T, int LINES, int LENGTH>
-__device__ inline void fill_gradients(T* tile, const FinalLayer& call, const Lines<LINES>& lines, const int64_t* places,
-                                      int length) {
-  constexpr int S = STRIDE<T, LENGTH>;
-  length = length < LENGTH ? length : LENGTH;
-  const int padded = up_to_16(length);
-  for (int at = threadIdx.x; at < LINES * padded; at += kThreads) {
-    const int line = at % LINES, i = at / LINES;
-    const bool live = i < length && lines.video[line] >= 0;
-    tile[line * S + i] =
-        live ? load_as<T>(call.video, call.video_dtype, lines.video[line] + places[i]) : from_float<T>(0.0f);
-  }
-}
-
 // Offsets of `count` rows of the weight from `first`
 __device__ inline void set_weight_rows(int64_t* rows, const FinalLayer& call, int first, int count) {
   const int i = threadIdx.x;
@@ -149,7 +134,8 @@ __device__ inline void set_places(int64_t* places, const FinalLayer& call, int f
 }
 
 template <typename T, int WIDTH>
-__global__ void __launch_bounds__(kThreads, 2) final_layer_fwd_kernel(const FinalLayer call, bool wide_weight) {
+__global__ void __launch_bounds__(kThreads, 2)
+    final_layer_fwd_kernel(const FinalLayer call, bool wide_weight, const Pixels pixels) {
   DK_DYNAMIC_SHARED(unsigned char, shared);
   T* const left = reinterpret_cast<T*>(shared);        // [tokens][channels]
   T* const right = left + ROWS * STRIDE<T, DEPTH<T>>;  // [values][channels]
@@ -184,29 +170,31 @@ __global__ void __launch_bounds__(kThreads, 2) final_layer_fwd_kernel(const Fina
   constexpr int S = COLUMNS + 1;
   product.store(stage, S);
   __syncthreads();
-  for (int at = thread; at < ROWS * COLUMNS; at += kThreads) {
-    const int line = at % ROWS, i = at / ROWS;
-    if (lines.video[line] < 0 || k0 + i >= values) continue;
-    float value[1] = {stage[line * S + i]};
-    if (call.bias.data != nullptr) value[0] += load_any(call.bias.data, call.bias.dtype, k0 + i);
-    store_channels(call.video, lines.video[line] + places[i], value, call.video_dtype);
-  }
+  store_pixels<T, ROWS>(pixels, lines.video, places, values - k0 < COLUMNS ? values - k0 : COLUMNS,
+                        [&](int line, int i) {
+                          const float bias =
+                              call.bias.data == nullptr ? 0.0f : load_any(call.bias.data, call.bias.dtype, k0 + i);
+                          return stage[line * S + i] + bias;
+                        });
 }
 
 // Not inlined: the compiler would make a copy of the loop around it for each combination of null pointers
-__device__ __noinline__ void store_own_rows(const FinalLayerRows& to, int64_t at, float dshift, float dscale) {
-  if (to.dshift.data != nullptr) store_one(to.dshift.data, at, dshift, to.dshift.dtype);
-  if (to.dscale.data != nullptr) store_one(to.dscale.data, at, dscale, to.dscale.dtype);
+template <int WIDTH>
+__device__ __noinline__ void store_own_rows(const FinalLayerRows& to, int64_t at, const float (&dshift)[WIDTH],
+                                            const float (&dscale)[WIDTH]) {
+  if (to.dshift.data != nullptr) store_channels(to.dshift.data, at, dshift, to.dshift.dtype);
+  if (to.dscale.data != nullptr) store_channels(to.dscale.data, at, dscale, to.dscale.dtype);
 }
 
-template <typename T>
+template <typename T, int WIDTH>
 __global__ void __launch_bounds__(kThreads, 2)
-    final_layer_bwd_rows_kernel(const FinalLayer call, const FinalLayerRows to, bool wide_weight) {
+    final_layer_bwd_rows_kernel(const FinalLayer call, const FinalLayerRows to, bool wide_weight,
+                                const Pixels pixels) {
   DK_DYNAMIC_SHARED(unsigned char, shared);
   T* const left = reinterpret_cast<T*>(shared);        // [tokens][values]
   T* const right = left + ROWS * STRIDE<T, DEPTH<T>>;  // [values][channels]
   float* const stage = reinterpret_cast<float*>(right + DEPTH<T> * STRIDE<T, COLUMNS>);
-  constexpr int S = COLUMNS + 1, PER_LANE = COLUMNS / 32;
+  constexpr int S = COLUMNS + 1;
   __shared__ Lines<ROWS> lines;
   __shared__ int64_t places[DEPTH<T>], weights[DEPTH<T>];
   __shared__ float along[ROWS], centre[ROWS];  // of dn with xhat, and of dn
@@ -231,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       fill_tile<T, DEPTH<T>, COLUMNS>(right, call.weight.data, call.weight.dtype, weights, c0, call.width - c0, 1,
                                       wide_weight);
       cp_async_commit();
-      fill_gradients<T, ROWS, DEPTH<T>>(left, call, lines, places, depth);
+      fill_pixels<T, ROWS, DEPTH<T>>(left, pixels, lines.video, places, depth);
       cp_async_wait<0>();
       __syncthreads();
       product.template add<false, true>(left, right, depth);
@@ -239,46 +227,56 @@ __global__ void __launch_bounds__(kThreads, 2)
     product.store(stage, S);
     __syncthreads();
   };
+  // a warp has 16 tokens; of `TOGETHER` at a time a lane sees WIDTH channels in 64, PER_LANE times
+  constexpr int LANES = COLUMNS / WIDTH < 32 ? COLUMNS / WIDTH : 32, TOGETHER = 32 / LANES;
+  constexpr int PER_LANE = COLUMNS / WIDTH / LANES;
+  const int column = lane % LANES * WIDTH, first_line = warp * kWarpRows + lane / LANES;
   // the block's tokens share their row of scale, or each has its own
   const bool own_scale = call.scale.data != nullptr && call.scale.group_length == 1;
   const bool own_rows = to.dshift.data != nullptr || to.dscale.data != nullptr;
-  auto scale_of = [&](int line, int c) {
-    return 1.0f + load_any(call.scale.data, call.scale.dtype, lines.scale[line] + c * call.scale.stride_channel);
-  };
-  auto load_shared_scale = [&](float(&scale)[PER_LANE], int c0) {
-#pragma unroll
-    for (int p = 0; p < PER_LANE; ++p) {
-      const int c = c0 + lane + 32 * p;
-      scale[p] = call.scale.data != nullptr && c < call.width && lines.x[0] >= 0 ? scale_of(0, c) : 1.0f;
+  auto load_scale = [&](float(&scale)[WIDTH], int line, int c) {
+    fill(scale, 0.0f);
+    if (call.scale.data != nullptr && c < call.width) {
+      load_channels(scale, call.scale.data, lines.scale[line] + (WIDTH == 1 ? c * call.scale.stride_channel : c),
+                    call.scale.dtype);
     }
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) scale[i] += 1.0f;
   };
-  auto xhat_of = [&](int line, int c) {
-    const float x = to_float(load_as<T>(call.x.data, call.x.dtype, lines.x[line] + c * call.x.stride_channel));
-    return (x - lines.mean[line]) * lines.rstd[line];
+  auto load_xhat = [&](float(&xhat)[WIDTH], int line, int c) {
+    load_x(xhat, call, lines.x[line], c);
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) xhat[i] = (xhat[i] - lines.mean[line]) * lines.rstd[line];
   };
 
-  // a warp has 16 tokens, of which a lane sees two channels in 64
-  float scale[PER_LANE];
+  float scale[PER_LANE][WIDTH], own[WIDTH], xhat[WIDTH];
   if (thread < ROWS) along[thread] = centre[thread] = 0.0f;
   if (to.dx.data != nullptr) {
     for (int c0 = 0; c0 < call.width; c0 += COLUMNS) {
       make_dy(c0);
-      load_shared_scale(scale, c0);
-#pragma unroll 2
-      for (int line = warp * kWarpRows; line < (warp + 1) * kWarpRows; ++line) {
-        if (lines.x[line] < 0) break;
+#pragma unroll
+      for (int p = 0; p < PER_LANE; ++p) load_scale(scale[p], 0, c0 + column + 32 * p);
+      for (int line = first_line; line < (warp + 1) * kWarpRows; line += TOGETHER) {
         float dot = 0.0f, sum = 0.0f;
 #pragma unroll
         for (int p = 0; p < PER_LANE; ++p) {
-          const int i = lane + 32 * p, c = c0 + i;
-          if (c >= call.width) continue;
-          const float dn = stage[line * S + i] * (own_scale ? scale_of(line, c) : scale[p]);
-          dot += dn * xhat_of(line, c);
-          sum += dn;
+          const int i = column + 32 * p, c = c0 + i;
+          if (c >= call.width || lines.x[line] < 0) continue;
+          load_xhat(xhat, line, c);
+          if (own_scale) load_scale(own, line, c);
+#pragma unroll
+          for (int j = 0; j < WIDTH; ++j) {
+            const float dn = stage[line * S + i + j] * (own_scale ? own[j] : scale[p][j]);
+            dot += dn * xhat[j];
+            sum += dn;
+          }
         }
-        dot = warp_sum(dot);
-        sum = warp_sum(sum);
-        if (lane == 0) {
+#pragma unroll
+        for (int step = LANES / 2; step > 0; step /= 2) {
+          dot += __shfl_xor_sync(0xffffffffu, dot, step);
+          sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        }
+        if (lane % LANES == 0) {
           along[line] += dot;
           centre[line] += sum;
         }
@@ -293,35 +291,51 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool sums = to.shift_sums != nullptr || to.scale_sums != nullptr;
   for (int c0 = 0; c0 < call.width; c0 += COLUMNS) {
     make_dy(c0);
-    load_shared_scale(scale, c0);
-    float shift_sums[PER_LANE], scale_sums[PER_LANE];
-    fill(shift_sums, 0.0f);
-    fill(scale_sums, 0.0f);
-#pragma unroll 2
-    for (int line = warp * kWarpRows; line < (warp + 1) * kWarpRows; ++line) {
+    float shift_sums[PER_LANE][WIDTH], scale_sums[PER_LANE][WIDTH];
+#pragma unroll
+    for (int p = 0; p < PER_LANE; ++p) {
+      load_scale(scale[p], 0, c0 + column + 32 * p);
+      fill(shift_sums[p], 0.0f);
+      fill(scale_sums[p], 0.0f);
+    }
+    for (int line = first_line; line < (warp + 1) * kWarpRows; line += TOGETHER) {
       if (lines.x[line] < 0) break;
       const int64_t out = lines.token[line] * call.width;
 #pragma unroll
       for (int p = 0; p < PER_LANE; ++p) {
-        const int i = lane + 32 * p, c = c0 + i;
+        const int i = column + 32 * p, c = c0 + i;
         if (c >= call.width) continue;
-        const float dy = stage[line * S + i], xhat = xhat_of(line, c);
-        const float dn = dy * (own_scale ? scale_of(line, c) : scale[p]);
-        if (to.dx.data != nullptr) {
-          const float dx = (dn - xhat * along[line] - centre[line]) * lines.rstd[line];
-          if constexpr (sizeof(T) == 2) static_cast<T*>(to.dx.data)[out + c] = from_float<T>(dx);
-          else store_one(to.dx.data, out + c, dx, to.dx.dtype);
+        float dy[WIDTH], dx[WIDTH];
+        load_xhat(xhat, line, c);
+        if (own_scale) load_scale(own, line, c);
+#pragma unroll
+        for (int j = 0; j < WIDTH; ++j) {
+          dy[j] = stage[line * S + i + j];
+          const float dn = dy[j] * (own_scale ? own[j] : scale[p][j]);
+          dx[j] = (dn - xhat[j] * along[line] - centre[line]) * lines.rstd[line];
+          shift_sums[p][j] += dy[j];
+          xhat[j] *= dy[j];
+          scale_sums[p][j] += xhat[j];
         }
-        if (own_rows) store_own_rows(to, out + c, dy, dy * xhat);
-        shift_sums[p] += dy;
-        scale_sums[p] += dy * xhat;
+        if (to.dx.data != nullptr) store_channels(to.dx.data, out + c, dx, sizeof(T) == 2 ? dtype_of<T> : to.dx.dtype);
+        if (own_rows) store_own_rows(to, out + c, dy, xhat);
       }
     }
     if (!sums) continue;
 #pragma unroll
     for (int p = 0; p < PER_LANE; ++p) {
-      column_sums[0][warp][lane + 32 * p] = shift_sums[p];
-      column_sums[1][warp][lane + 32 * p] = scale_sums[p];
+#pragma unroll
+      for (int j = 0; j < WIDTH; ++j) {
+#pragma unroll
+        for (int step = LANES; step < 32; step *= 2) {
+          shift_sums[p][j] += __shfl_xor_sync(0xffffffffu, shift_sums[p][j], step);
+          scale_sums[p][j] += __shfl_xor_sync(0xffffffffu, scale_sums[p][j], step);
+        }
+        if (lane < LANES) {
+          column_sums[0][warp][column + 32 * p + j] = shift_sums[p][j];
+          column_sums[1][warp][column + 32 * p + j] = scale_sums[p][j];
+        }
+      }
     }
     __syncthreads();
     if (thread < 2 * COLUMNS && c0 + thread % COLUMNS < call.width) {
@@ -337,7 +351,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <typename T, int WIDTH>
 __global__ void __launch_bounds__(kThreads, 2)
-    final_layer_bwd_weight_kernel(const FinalLayer call, int64_t chunk, float* weight_sums, float* bias_sums) {
+    final_layer_bwd_weight_kernel(const FinalLayer call, int64_t chunk, float* weight_sums, float* bias_sums,
+                                  const Pixels pixels) {
   DK_DYNAMIC_SHARED(unsigned char, shared);
   T* const left = reinterpret_cast<T*>(shared);        // [tokens][channels]
   T* const right = left + DEPTH<T> * STRIDE<T, ROWS>;  // [tokens][values]
@@ -361,7 +376,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncthreads();
     if (weight_sums != nullptr) fill_modulated<T, WIDTH, DEPTH<T>, ROWS>(left, call, lines, c0);
-    fill_gradients<T, DEPTH<T>, COLUMNS>(right, call, lines, places, values - k0);
+    fill_pixels<T, DEPTH<T>, COLUMNS>(right, pixels, lines.video, places, values - k0);
     __syncthreads();
     if (weight_sums != nullptr) product.template add<true, true>(left, right, depth);
     if (bias_sums != nullptr && c0 == 0 && thread < COLUMNS && k0 + thread < values) {
@@ -421,6 +436,14 @@ void with_operands(const FinalLayer& call, Action&& action) {
   });
 }
 
+// Tiles start at multiples of `first` tokens.
+Pixels pixels_of(const FinalLayer& call, DType operands, int length, int first) {
+  const int width = 16 / bytes_of(call.video_dtype);
+  return {call.video, call.video_dtype, call.patch[2], call.steps[2],
+          first % width == 0 && wide_pixels(call.video, call.video_dtype, operands, call.video_strides, call.grid[2],
+                                            call.patch[2], call.steps[2], values_of(call), length)};
+}
+
 constexpr size_t kStageBytes = sizeof(float) * ROWS * (COLUMNS + 1);
 
 }  // namespace
@@ -432,7 +455,7 @@ void final_layer_fwd(const FinalLayer& call, cudaStream_t stream) {
     using T = decltype(element);
     const size_t tiles = sizeof(T) * (ROWS + COLUMNS) * STRIDE<T, DEPTH<T>>;
     DK_LAUNCH((final_layer_fwd_kernel<T, decltype(width)::value>), grid_of(blocks), dim3(kThreads),
-              tiles + kStageBytes, stream, call, wide_weight(call));
+              tiles + kStageBytes, stream, call, wide_weight(call), pixels_of(call, dtype_of<T>, COLUMNS, ROWS));
   });
 }
 
@@ -444,11 +467,11 @@ void final_layer_bwd_rows(const FinalLayer& call, const FinalLayerRows& rows, cu
                                 std::to_string(tokens));
   }
   const int64_t blocks = call.samples * (tokens / rows.segment) * ceil_div(rows.segment, ROWS);
-  with_operands(call, [&](auto element, auto) {
+  with_operands(call, [&](auto element, auto width) {
     using T = decltype(element);
     const size_t tiles = sizeof(T) * (ROWS * STRIDE<T, DEPTH<T>> + DEPTH<T> * STRIDE<T, COLUMNS>);
-    DK_LAUNCH(final_layer_bwd_rows_kernel<T>, grid_of(blocks), dim3(kThreads), tiles + kStageBytes, stream, call,
-              rows, wide_weight(call));
+    DK_LAUNCH((final_layer_bwd_rows_kernel<T, decltype(width)::value>), grid_of(blocks), dim3(kThreads), tiles + kStageBytes, stream, call,
+              rows, wide_weight(call), pixels_of(call, dtype_of<T>, DEPTH<T>, rows.segment));
   });
 }
 
@@ -466,7 +489,7 @@ void final_layer_bwd_weight(const FinalLayer& call, int64_t chunk, float* weight
     using T = decltype(element);
     const size_t tiles = sizeof(T) * DEPTH<T> * (STRIDE<T, ROWS> + STRIDE<T, COLUMNS>);
     DK_LAUNCH((final_layer_bwd_weight_kernel<T, decltype(of_width)::value>), grid, dim3(kThreads), tiles + kStageBytes,
-              stream, call, chunk, weight_sums, bias_sums);
+              stream, call, chunk, weight_sums, bias_sums, pixels_of(call, dtype_of<T>, COLUMNS, 64));
   });
 }
 

@@ -44,26 +44,12 @@ __device__ inline int64_t token_offset(const PatchEmbed& call, int64_t m) {
   return m / tokens * call.token_strides[0] + m % tokens * call.token_strides[1];
 }
 
-// A tile [LINES patches][LENGTH values from k0]; neighbouring threads read neighbouring patches
-template <typename T, int LINES, int LENGTH>
-__device__ inline void fill_patches(T* tile, const PatchEmbed& call, const int64_t* patches, const int64_t* places,
-                                    int length) {
-  constexpr int S = STRIDE<T, LENGTH>;
-  length = length < LENGTH ? length : LENGTH;
-  const int padded = up_to_16(length);
-  for (int at = threadIdx.x; at < LINES * padded; at += kThreads) {
-    const int line = at % LINES, i = at / LINES;
-    const bool live = i < length && patches[line] >= 0;
-    tile[line * S + i] =
-        live ? load_as<T>(call.video, call.video_dtype, patches[line] + places[i]) : from_float<T>(0.0f);
-  }
-}
-
 constexpr int kStage = COLUMNS + 4;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-    patch_embed_fwd_kernel(const PatchEmbed call, int column_blocks, bool wide_weight, bool wide_tokens) {
+    patch_embed_fwd_kernel(const PatchEmbed call, int column_blocks, bool wide_weight, bool wide_tokens,
+                           const Pixels pixels) {
   DK_DYNAMIC_SHARED(unsigned char, shared);
   T* const left = reinterpret_cast<T*>(shared);  // [patches][values]
   T* const right = left + ROWS * STRIDE<T, DEPTH<T>>;  // [channels][values]
@@ -91,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       fill_tile<T, COLUMNS, DEPTH<T>>(right, call.weight.data, call.weight.dtype, weights, k0, values - k0, 1,
                                       wide_weight);
       cp_async_commit();
-      if (gather) fill_patches<T, ROWS, DEPTH<T>>(left, call, patches, places, values - k0);
+      if (gather) fill_pixels<T, ROWS, DEPTH<T>>(left, pixels, patches, places, values - k0);
       cp_async_wait<0>();
       __syncthreads();
       product.template add<false, false>(left, right, values - k0 < DEPTH<T> ? values - k0 : DEPTH<T>);
@@ -128,7 +114,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-    patch_embed_bwd_video_kernel(const PatchEmbed call, bool wide_weight, bool wide_tokens) {
+    patch_embed_bwd_video_kernel(const PatchEmbed call, bool wide_weight, bool wide_tokens,
+                                 const Pixels pixels) {
   DK_DYNAMIC_SHARED(unsigned char, shared);
   T* const left = reinterpret_cast<T*>(shared);  // [patches][channels]
   T* const right = left + ROWS * STRIDE<T, DEPTH<T>>;  // [channels][values]
@@ -161,18 +148,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int S = COLUMNS + 1;
   product.store(stage, S);
   __syncthreads();
-  for (int at = thread; at < ROWS * COLUMNS; at += kThreads) {
-    const int row = at % ROWS, i = at / ROWS;
-    if (patches[row] < 0 || k0 + i >= values) continue;
-    const float value[1] = {stage[row * S + i]};
-    store_channels(call.video, patches[row] + places[i], value, call.video_dtype);
-  }
+  store_pixels<T, ROWS>(pixels, patches, places, values - k0 < COLUMNS ? values - k0 : COLUMNS,
+                        [&](int row, int i) { return stage[row * S + i]; });
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     patch_embed_bwd_weight_kernel(const PatchEmbed call, int64_t chunk, float* weight_sums, float* bias_sums,
-                                  bool wide_tokens) {
+                                  bool wide_tokens, const Pixels pixels) {
   DK_DYNAMIC_SHARED(unsigned char, shared);
   T* const left = reinterpret_cast<T*>(shared);  // [patches][channels]
   T* const right = left + DEPTH<T> * STRIDE<T, ROWS>;  // [patches][values]
@@ -197,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     fill_tile<T, DEPTH<T>, ROWS>(left, call.tokens, call.token_dtype, rows, c0, channels - c0, call.token_strides[2],
                                  wide_tokens);
     cp_async_commit();
-    if (weight_sums != nullptr) fill_patches<T, DEPTH<T>, COLUMNS>(right, call, patches, places, values - k0);
+    if (weight_sums != nullptr) fill_pixels<T, DEPTH<T>, COLUMNS>(right, pixels, patches, places, values - k0);
     cp_async_wait<0>();
     __syncthreads();
     if (weight_sums != nullptr) product.template add<true, true>(left, right, depth);
@@ -262,6 +245,12 @@ bool wide_weight(const PatchEmbed& call) {
   return values_of(call) % 8 == 0 && aligned16(call.weight.data, bytes_of(call.weight.dtype));
 }
 
+Pixels pixels_of(const PatchEmbed& call, DType operands, int length) {
+  return {call.video, call.video_dtype, call.patch[2], 1,
+          wide_pixels(call.video, call.video_dtype, operands, call.video_strides, call.grid[2], call.patch[2], 1,
+                      values_of(call), length)};
+}
+
 // action(T{}): 16-bit operands are multiplied as they are, others in float32
 template <typename Action>
 void with_operands(DType a, DType b, Action&& action) {
@@ -292,7 +281,8 @@ void patch_embed_fwd(const PatchEmbed& call, cudaStream_t stream) {
   with_operands(call.video_dtype, call.weight.dtype, [&](auto element) {
     using T = decltype(element);
     DK_LAUNCH(patch_embed_fwd_kernel<T>, grid_of(row_blocks * groups), dim3(kThreads),
-              kTiles<T> + sizeof(float) * ROWS * kStage, stream, call, column_blocks, wide_weight(call), wide);
+              kTiles<T> + sizeof(float) * ROWS * kStage, stream, call, column_blocks, wide_weight(call), wide,
+              pixels_of(call, dtype_of<T>, DEPTH<T>));
   });
 }
 
@@ -302,7 +292,8 @@ void patch_embed_bwd_video(const PatchEmbed& call, cudaStream_t stream) {
   with_operands(call.token_dtype, call.weight.dtype, [&](auto element) {
     using T = decltype(element);
     DK_LAUNCH(patch_embed_bwd_video_kernel<T>, grid_of(blocks), dim3(kThreads),
-              kTilesHalf<T> + sizeof(float) * ROWS * (COLUMNS + 1), stream, call, wide_weight(call), wide_tokens(call));
+              kTilesHalf<T> + sizeof(float) * ROWS * (COLUMNS + 1), stream, call, wide_weight(call), wide_tokens(call),
+              pixels_of(call, dtype_of<T>, COLUMNS));
   });
 }
 
@@ -321,7 +312,7 @@ void patch_embed_bwd_weight(const PatchEmbed& call, int64_t chunk, float* weight
     using T = decltype(element);
     DK_LAUNCH(patch_embed_bwd_weight_kernel<T>, grid, dim3(kThreads),
               kTilesAcross<T> + sizeof(float) * ROWS * (COLUMNS + 1), stream, call, chunk, weight_sums, bias_sums,
-              wide_tokens(call));
+              wide_tokens(call), pixels_of(call, dtype_of<T>, COLUMNS));
   });
 }
 

@@ -151,4 +151,101 @@ __device__ inline void fill_tile(T* tile, const void* data, DType dtype, const i
   }
 }
 
+// The values of patches in a video: neighbours in a row of it are WIDTH / pw whole patches side by side.
+struct Pixels {
+  void* video;
+  DType dtype;
+  int32_t pw;    // values of a patch that are adjacent in the video
+  int32_t step;  // and how far apart they are among the patch's values
+  bool wide;     // 16 bytes at a time
+};
+
+// Visits a tile [LINES patches][`length` of a patch's values], `action(line, value, offset)` with what is
+// at `patches[line] + places[value]`; or, wide, with the first of 16 bytes. -1: there is no such patch.
+template <int WIDTH, int LINES, typename Action>
+__device__ inline void visit_pixels(const Pixels& pixels, const int64_t* patches, const int64_t* places, int length,
+                                    Action&& action) {
+  if (!pixels.wide) {
+    // neighbouring threads have neighbouring patches
+    for (int at = threadIdx.x; at < LINES * length; at += kThreads) {
+      const int line = at % LINES, value = at / LINES;
+      action(line, value, patches[line] < 0 ? -1 : patches[line] + places[value]);
+    }
+    return;
+  }
+  // 8 values, then the patches: whole sectors of the video, few conflicts in the tile
+  const int side_by_side = WIDTH / pixels.pw, groups = LINES / side_by_side, values = length / pixels.pw;
+  for (int at = threadIdx.x; at < (values + 7) / 8 * 8 * groups; at += kThreads) {
+    const int i = at / (8 * groups) * 8 + at % 8, line = at / 8 % groups * side_by_side;
+    if (i >= values) continue;
+    const int value = i / pixels.step * pixels.pw * pixels.step + i % pixels.step;
+    action(line, value, patches[line] < 0 ? -1 : patches[line] + places[value]);
+  }
+}
+
+// A tile [LINES patches][LENGTH values] of the video; zeros past `length`, up to a multiple of 16
+template <typename T, int LINES, int LENGTH>
+__device__ inline void fill_pixels(T* tile, const Pixels& pixels, const int64_t* patches, const int64_t* places,
+                                   int length) {
+  constexpr int S = STRIDE<T, LENGTH>, WIDTH = VECTOR<T>;
+  length = length < LENGTH ? length : LENGTH;
+  const int rest = up_to_16(length) - length;
+  for (int at = threadIdx.x; at < LINES * rest; at += kThreads) {
+    tile[at / rest * S + length + at % rest] = from_float<T>(0.0f);
+  }
+  visit_pixels<WIDTH, LINES>(pixels, patches, places, length, [&](int line, int value, int64_t offset) {
+    if (!pixels.wide) {
+      tile[line * S + value] = offset < 0 ? from_float<T>(0.0f) : load_as<T>(pixels.video, pixels.dtype, offset);
+      return;
+    }
+    Packed<T, WIDTH> packed;
+    if (offset >= 0) packed.load(static_cast<const T*>(pixels.video) + offset);
+    T* to = tile + line * S + value;
+    int w = 0;
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+      to[w * pixels.step] = offset < 0 ? from_float<T>(0.0f) : packed.at[i];
+      if (++w == pixels.pw) {
+        w = 0;
+        to += S;
+      }
+    }
+  });
+}
+
+// The same way back: `value_of(line, value)` to the video
+template <typename T, int LINES, typename Value>
+__device__ inline void store_pixels(const Pixels& pixels, const int64_t* patches, const int64_t* places, int length,
+                                    Value&& value_of) {
+  constexpr int WIDTH = VECTOR<T>;
+  visit_pixels<WIDTH, LINES>(pixels, patches, places, length, [&](int line, int value, int64_t offset) {
+    if (offset < 0) return;
+    if (!pixels.wide) {
+      const float one[1] = {value_of(line, value)};
+      store_channels(pixels.video, offset, one, pixels.dtype);
+      return;
+    }
+    float values[WIDTH];
+    int w = 0;
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+      values[i] = value_of(line, value + w * pixels.step);
+      if (++w == pixels.pw) {
+        w = 0;
+        ++line;
+      }
+    }
+    store_channels(pixels.video, offset, values, dtype_of<T>);
+  });
+}
+
+// Whether 16 bytes of the video are WIDTH / pw whole patches side by side, in any tile of `length` values
+inline bool wide_pixels(const void* video, DType dtype, DType operands, const int64_t (&strides)[5], int grid_w, int pw,
+                        int step, int values, int length) {
+  const int width = 16 / bytes_of(dtype);
+  return dtype == operands && width % pw == 0 && grid_w % (width / pw) == 0 && strides[4] == 1 &&
+         values % (pw * step) == 0 && (values <= length || length % (pw * step) == 0) &&
+         aligned16(video, bytes_of(dtype), strides[0], strides[1], strides[2], strides[3]);
+}
+
 }  // namespace dk::products

@@ -66,6 +66,16 @@ def test_layouts_and_patches(layout, patch_size):
     check(**layer((2, 2, 3), patch_size, 3, 20), layout=layout)
 
 
+@pytest.mark.parametrize("layout", ["t h w c", "c t h w", "h w t c"])
+@pytest.mark.parametrize(
+    ("patch_size", "channels"), [((1, 2, 2), 8), ((2, 1, 4), 3), ((1, 1, 1), 70), ((1, 2, 2), 40)]
+)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_patches_side_by_side(layout, patch_size, channels, dtype):
+    """16 bytes of a row of the video are whole patches; up to 160 values, so that tiles may cut them apart."""
+    check(**layer((2, 3, 8), patch_size, channels, 24, dtype=DTYPES[dtype]), layout=layout)
+
+
 @pytest.mark.parametrize(
     ("shift", "scale"), [(6, 6), (108, 6), (1, 54), (3, 108), (54, 54), (0, 3), (6, 0)]
 )
