@@ -77,13 +77,14 @@ def cuda_folders(nvcc: Path) -> tuple[Path, Path]:
 
 
 def gpus() -> list[str]:
-    """Compute capabilities of this machine's GPUs, as "90"."""
+    """Compute capabilities of this machine's GPUs that the kernels run on, as "90"."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         run = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return sorted(set(run.stdout.replace(".", "").split()))
+    found = set(run.stdout.replace(".", "").split())
+    return sorted(arch for arch in found if arch.isdigit() and int(arch) >= 80)
 
 
 def architectures() -> str:

@@ -146,8 +146,8 @@ def inspect(source: Path, arch: str, nvcc: Path, flags: list[str]) -> dict[str, 
 
 
 def _static(used: dict[str, int], arch: str) -> int:
-    """Without the KiB that the system keeps, which is counted in from sm_90 on."""
-    return used["SHARED"] - (1024 if int(arch.rstrip("a")) >= 90 else 0)
+    """Without the KiB that the system keeps: from sm_90 on it is counted in where a kernel has any."""
+    return max(0, used["SHARED"] - (1024 if int(arch.rstrip("a")) >= 90 else 0))
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -178,9 +178,9 @@ def read(sass: str) -> Row:
     loads: dict[bool, collections.Counter[int]] = {True: collections.Counter(), False: collections.Counter()}  # fmt: skip
     stores: collections.Counter[int] = collections.Counter()
     for i, line in enumerate(lines):
-        if m := re.search(r"\b(LDGSTS|LDG|STG)\b((?:\.\w+)*)", line):
+        if m := re.search(r"\b(LDGSTS|LDG|STG|LD|ST)\b((?:\.\w+)*)", line):
             size = _bytes(m[2])
-            if m[1] == "STG":
+            if m[1] in ("STG", "ST"):
                 stores[size] += 1
             else:
                 loads[inside[i]][size] += 1
