@@ -11,7 +11,7 @@ Fails on
     sm_90, no matrix product: narrower loads move more bytes than those of 16, or, where the rows of the
         tensors that a kernel mainly reads are not that aligned, than those of the widest that they allow
     sm_90, a 16-bit matrix product without HGMMA
-    with --check: a committed table that is not of this source
+    with --check: a committed table that is not of this source, for the ops and targets that are in it
 """
 
 from __future__ import annotations
@@ -300,6 +300,11 @@ def render(rows: list[dict[str, Any]]) -> str:
         "Occupancy: resident threads as a share of the multiprocessor's, by registers and shared memory. Calls that",
         "specialise a kernel alike share a row, named after the first of them.",
     ]
+    there = {(row["op"], row["target"]) for row in rows}
+    for op in dict.fromkeys(row["op"] for row in rows):
+        missing = [target for target in TARGETS if (op, target) not in there]
+        if missing:
+            lines += ["", f"{op} has not been compiled for {', '.join(missing)} yet."]
     for op in dict.fromkeys(row["op"] for row in rows):
         lines += [
             "",
@@ -363,8 +368,12 @@ def main() -> int:
         # the launches of a call in order, each for every target
         found = {}
         for target in TARGETS:
-            if (options.ops and op not in options.ops) or target not in (options.target or TARGETS):
-                found |= {k: r for k, r in known.items() if (r["op"], r["target"]) == (op, target)}
+            before = {k: r for k, r in known.items() if (r["op"], r["target"]) == (op, target)}
+            left_out = (options.ops and op not in options.ops) or target not in (
+                options.target or TARGETS
+            )
+            if left_out or (options.check and not before):
+                found |= before
                 continue
             for key, call, launch in wanted(op, target):
                 row = known.get(key)
@@ -390,7 +399,7 @@ def main() -> int:
         table.write_text(text)
     elif not table.exists() or table.read_text() != text:
         failures.append(
-            f"{table.relative_to(Path.cwd())} is not of this source: run `make audit` and commit it"
+            f"benchmarks/{table.name} is not of this source: run `make audit` and commit it"
         )
     print("\n".join(failures) or f"{len(rows)} binaries: no spill, no narrow load")
     return 1 if failures else 0

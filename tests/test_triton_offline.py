@@ -164,3 +164,39 @@ def test_key_follows_the_code(monkeypatch):
     assert key() != before
     monkeypatch.undo()
     assert key() == before
+
+
+def test_check_compiles_what_changed_and_fails(tmp_path, monkeypatch, capsys):
+    compiled: list[str] = []
+    figures = dict(
+        tile="", warps=4, registers=32, spills=0, shared=0, occupancy=1.0, loads={16: 1}, stores={16: 1},
+        matrix="", tma=False, dot16=False, aligned=16,
+    )  # fmt: skip
+    monkeypatch.setattr(
+        audit, "inspect", lambda launch, target: compiled.append(launch.name) or dict(figures)
+    )
+    monkeypatch.setattr(audit, "HERE", tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        compiled.clear()
+        monkeypatch.setattr("sys.argv", ["audit", "unpatchify", *arguments])
+        return audit.main(), capsys.readouterr().out.splitlines()[-1]
+
+    assert run("--target", "sm_90")[0] == 0
+    assert set(compiled) == {"unpatchify"}
+    count = len(compiled)
+    # the other targets are named in the table, and not asked for
+    assert (
+        "unpatchify has not been compiled for sm_80, sm_100, gfx942 yet."
+        in (tmp_path / "audit.md").read_text()
+    )
+    assert run("--check") == (0, f"{count} binaries: no spill, no narrow load")
+    assert not compiled
+    store = tmp_path / "audit.json"
+    lines = store.read_text().splitlines()
+    store.write_text("\n".join([*lines[:1], *lines[2:]]))
+    status, last = run("--check")
+    assert (status, compiled) == (0, ["unpatchify"])
+    figures["registers"] = 33
+    status, last = run("--check")
+    assert (status, last) == (1, "benchmarks/audit.md is not of this source: run `make audit` and commit it")  # fmt: skip
