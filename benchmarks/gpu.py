@@ -41,7 +41,7 @@ class Stage:
     """A command with its weight in the time.
 
     Args:
-        command: {out} and {seconds} in it are filled in.
+        command: {out}, {seconds} and {target} in it are filled in.
         missing: why it can't run here, or None.
         environment: what is set for it.
     """
@@ -81,6 +81,15 @@ def no_sanitizer() -> str | None:
 
 def no_tuner() -> str | None:
     return no_gpu() or (None if importlib.util.find_spec(TUNER) else f"there is no {TUNER}")
+
+
+def target() -> str:
+    """What the audit calls the machine code of this GPU."""
+    if not torch.cuda.is_available():
+        return "sm_90"
+    from dit_kernels.ops.triton_launch import architecture
+
+    return architecture(torch.device("cuda", 0))
 
 
 def _bench(*arguments: str) -> tuple[str, ...]:
@@ -124,8 +133,8 @@ STAGES = (
     Stage("test", (*PYTEST, *PARALLEL, "tests/gpu"), 110, no_gpu),
     _sanitizer("memcheck"),
     _sanitizer("racecheck"),
-    Stage("audit", (sys.executable, "-m", "benchmarks.audit"), 20, no_gpu),
-    Stage("tune", (sys.executable, "-m", TUNER), 30, no_tuner),
+    Stage("audit", (sys.executable, "-m", "benchmarks.audit", "--target", "{target}"), 25, no_gpu),
+    Stage("tune", (sys.executable, "-m", TUNER, "--seconds", "{seconds}"), 30, no_tuner),
     Stage("bench-adaln", _bench("adaln", "--name", "adaln", *SHAPES), 60, no_gpu),
     Stage("bench-attention", _bench("attention3d", "--name", "attention", *SHAPES), 70, no_gpu),
     Stage("bench-qk", _bench("qk_norm_rope", "--name", "qk_norm_rope", *SHAPES), 20, no_gpu),
@@ -178,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(stage: Stage, out: Path, log: Path, limit: float) -> str:
     # the benchmarks stop by themselves before they are stopped, so that their last row is whole
-    filled = {"out": str(out), "seconds": f"{max(1.0, 0.85 * limit - 5):.0f}"}
+    filled = {"out": str(out), "seconds": f"{max(1.0, 0.85 * limit - 5):.0f}", "target": target()}
     command = [word.format(**filled) for word in stage.command]
     paths = (str(ROOT), str(SITE) if SITE.is_dir() else "", os.environ.get("PYTHONPATH", ""))
     environment = {

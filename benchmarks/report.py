@@ -59,7 +59,7 @@ def read_runs(folder: Path = RESULTS) -> dict[str, list[Run]]:
     runs: dict[str, list[Run]] = defaultdict(list)
     for path in sorted(folder.glob("*/*.json")):
         found = json.loads(path.read_text())
-        if "rows" in found:
+        if {"machine", "rows"} <= found.keys():  # the tuned tiles lie there too
             runs[path.parent.name].append(found)
     return dict(runs)
 

@@ -356,6 +356,13 @@ def test_stages_share_the_tuned_tiles_and_the_path(tmp_path, monkeypatch, capsys
     assert f"tiles at {tmp_path / 'tuned.json'}" in capsys.readouterr().out
 
 
+def test_the_audit_is_of_a_target_it_has():
+    from benchmarks import offline
+
+    assert gpu.target() in offline.TARGETS
+    assert any("{target}" in stage.command for stage in gpu.STAGES if stage.name == "audit")
+
+
 def test_every_op_has_a_stage():
     words = [
         word for stage in gpu.STAGES if stage.name.startswith("bench-") for word in stage.command
@@ -479,6 +486,13 @@ def test_the_report_shows_losses_and_what_was_not_measured():
     assert "| adaln | 27.8 |" in nothing
     assert "| measured |" not in nothing
     assert "images/" not in nothing
+
+
+def test_only_runs_are_read(tmp_path):
+    (tmp_path / "h200").mkdir()
+    (tmp_path / "h200" / "adaln.json").write_text(json.dumps(op_run()))
+    (tmp_path / "h200" / "tuned.json").write_text(json.dumps({"version": {}, "rows": []}))
+    assert report.read_runs(tmp_path) == {"h200": [op_run()]}
 
 
 def test_plots_are_drawn_from_the_results_and_are_the_same_again(tmp_path):
