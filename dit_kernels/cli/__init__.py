@@ -1,4 +1,4 @@
-"""The command line: train, train-codec, generate, evaluate, demo, info, check, bench.
+"""The command line: train, train-codec, generate, evaluate, demo, info, check, bench, patch-report.
 
 A file a group of commands. Imports of torch and of the extras' libraries are inside the commands,
 so that --help is quick.
@@ -10,10 +10,11 @@ import sys
 
 import typer
 
-from dit_kernels.cli import console, generate, kernels, train  # they register their commands
+# they register their commands
+from dit_kernels.cli import console, generate, kernels, patched, train
 from dit_kernels.cli.console import app
 
-__all__ = ["app", "console", "generate", "kernels", "main", "train"]
+__all__ = ["app", "console", "generate", "kernels", "main", "patched", "train"]
 
 # What typer raises for a wrong command line; it exports only this subclass of it.
 UsageError: type[BaseException] = typer.BadParameter.__mro__[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -60,7 +61,15 @@ def info() -> None:
 
 
 @app.command()
-def check() -> None:
+def check(
+    diffusers: Annotated[
+        bool,
+        typer.Option(
+            "--diffusers",
+            help="Instead generate with small random diffusers pipelines, patched and unpatched.",
+        ),
+    ] = False,
+) -> None:
     """Compare every backend that runs here with the reference; exit code 1 if one is off.
 
     An error is allowed up to twice that of the plain PyTorch formula in the same precision, both
@@ -71,7 +80,13 @@ def check() -> None:
 
     * `dit-kernels check`
     * `TRITON_INTERPRET=1 dit-kernels check` runs Triton's kernels too, without a GPU
+    * `dit-kernels check --diffusers` compares Wan, CogVideoX, LTX, Flux and SD3.5 with themselves
     """
+    if diffusers:
+        from dit_kernels.cli.patched import check_pipelines
+
+        check_pipelines()
+        return
     from dit_kernels import check as checks
 
     table = Table(show_edge=False, title="error, and what is allowed", title_justify="left")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit_kernels.integrations.fused import Fused, attend, fits, keeps_dtype
@@ -137,7 +138,8 @@ def attention(
         projection(x).unflatten(2, (self.heads, -1))
         for projection in (self.to_q, self.to_k, self.to_v)
     )
-    rotation, part = None, {}
+    rotation: Any = None
+    part: dict[str, Any] = {}
     if image_rotary_emb is not None:
         cos, sin = image_rotary_emb  # [N of the video, D], each angle twice
         rotation, part = (cos[:, 0::2], sin[:, 0::2]), {"rope_len": video}
@@ -152,6 +154,53 @@ def attention(
         q, k, v = (torch.cat(pair, dim=1) for pair in ((q, c_q), (k, c_k), (v, c_v)))
     out = attend(self.processor, q, k, v, attention_mask).flatten(2, 3).to(q.dtype)
     out, text = out[:, :-length], out[:, -length:]
+    if getattr(self, "to_out", None) is not None:
+        out = self.to_out[1](self.to_out[0](out))
+    if getattr(self, "to_add_out", None) is not None:
+        text = self.to_add_out(text)
+    return out, text
+
+
+@adapts(
+    "HunyuanVideo15AttnProcessor2_0",
+    "804c5914400c",
+    kind="qk_norm_rope",
+    rows=qk_rows("norm_q", "norm_k", "norm_added_q", "norm_added_k"),
+    covers=("norm_q", "norm_k", "norm_added_q", "norm_added_k"),
+    processor=True,
+)
+def attention15(
+    fused: Fused,
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: Any = None,
+    **kwargs: Any,
+) -> Any:
+    x, text = hidden_states, encoder_hidden_states
+    if kwargs or text is None or attention_mask is None or not fits(x, self.norm_q.weight):
+        return NotImplemented
+    q, k, v = (
+        projection(x).unflatten(2, (self.heads, -1))
+        for projection in (self.to_q, self.to_k, self.to_v)
+    )
+    rotation = None
+    if image_rotary_emb is not None:
+        cos, sin = image_rotary_emb
+        rotation = (cos[:, 0::2], sin[:, 0::2])
+    q, k = fused.qk(q, k, self.norm_q, self.norm_k, rotation)
+    c_q, c_k, c_v = (
+        projection(text).unflatten(2, (self.heads, -1))
+        for projection in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+    )
+    c_q, c_k = fused.qk(c_q, c_k, self.norm_added_q, self.norm_added_k)
+    q, k, v = (torch.cat(pair, dim=1) for pair in ((q, c_q), (k, c_k), (v, c_v)))
+    length, text_length = q.shape[1], text.shape[1]
+    mask = F.pad(attention_mask, (length - attention_mask.shape[1], 0), value=True).bool()
+    mask = mask.view(len(q), 1, 1, length).repeat(1, 1, length, 1)
+    out = attend(self.processor, q, k, v, mask & mask.transpose(2, 3)).flatten(2, 3).to(q.dtype)
+    out, text = out[:, :-text_length], out[:, -text_length:]
     if getattr(self, "to_out", None) is not None:
         out = self.to_out[1](self.to_out[0](out))
     if getattr(self, "to_add_out", None) is not None:

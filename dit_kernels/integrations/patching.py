@@ -29,7 +29,7 @@ KINDS = ("adaln", "qk_norm_rope", "patch_embed", "feed_forward")
 # a file a family; "shared" holds what many have
 FAMILIES = (
     "shared", "wan", "flux", "sd3", "cogvideox", "ltx", "hunyuan_video", "pixart", "qwenimage", "mochi",
-    "lumina2", "flux2", "cosmos",
+    "lumina2", "flux2", "cosmos", "sana_video", "kandinsky5", "allegro",
 )  # fmt: skip
 
 
@@ -192,11 +192,11 @@ class _Walk:
             yield found, ""
             return
         kind = type(module).__name__
-        if any(kind == adapter.name for adapter in FORWARDS.values()):
-            yield None, _unknown(kind, type(module).forward, FORWARDS)
-        elif norm_of(module) is not None:
+        if norm_of(module) is not None:
             yield None, "a norm alone: torch's own is one kernel, and what follows it is not known"
-        elif kind.endswith("Block") and any(norm_of(child) for child in module.children()):
+        elif any(kind == adapter.name for adapter in FORWARDS.values()) or (
+            kind.endswith("Block") and any(norm_of(child) for child in module.children())
+        ):
             yield None, _unknown(kind, type(module).forward, FORWARDS)
 
     def place(self, module: nn.Module, name: str, adapter: Adapter) -> bool:

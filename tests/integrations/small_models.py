@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 from torch import Tensor, nn
 
 
@@ -197,6 +198,45 @@ def _cosmos(randn: Callable[..., Tensor]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _hunyuan15(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(1, 4, 2, 3, 4), "timestep": 700 + randn(1),
+        "encoder_hidden_states": randn(1, 5, 10), "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 0]]),
+        "encoder_hidden_states_2": randn(1, 3, 12),
+        "encoder_attention_mask_2": torch.tensor([[1, 1, 0]]), "image_embeds": randn(1, 2, 14),
+    }  # fmt: skip
+
+
+def _sana_video(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 4, 2, 4, 6), "timestep": torch.tensor([700, 20]),
+        "encoder_hidden_states": randn(2, 5, 10),
+    }  # fmt: skip
+
+
+def _kandinsky5(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(1, 2, 4, 6, 4), "encoder_hidden_states": randn(1, 5, 10),
+        "timestep": torch.tensor([700.0]), "pooled_projections": randn(1, 8),
+        "visual_rope_pos": [torch.arange(2), torch.arange(2), torch.arange(3)],
+        "text_rope_pos": torch.arange(5),
+    }  # fmt: skip
+
+
+def _allegro(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    rope = get_3d_rotary_pos_embed_allegro(
+        embed_dim=24, crops_coords=((0, 0), (2, 3)), grid_size=(2, 3), temporal_size=2,
+        interpolation_scale=(1.0, 1.0, 1.0), device=torch.device("cpu"),
+    )  # fmt: skip
+    freqs_t, freqs_h, freqs_w, grid_t, grid_h, grid_w = rope
+    return {
+        "hidden_states": randn(2, 4, 2, 4, 6), "encoder_hidden_states": randn(2, 1, 5, 10),
+        "timestep": torch.tensor([700, 20]), "attention_mask": torch.ones(2, 2, 4, 6),
+        "encoder_attention_mask": torch.tensor([[[1, 1, 1, 1, 1]], [[1, 1, 1, 0, 0]]]),
+        "image_rotary_emb": ((freqs_t, freqs_h, freqs_w), (grid_t.long()[None], grid_h.long()[None], grid_w.long()[None])),
+    }  # fmt: skip
+
+
 SMALL: dict[str, Small] = {
     "wan": Small("WanTransformer3DModel", _WAN, _wan, dict(
         adaln=3, gated_adaln=4, gated_residual=2, qk_norm_rope=6, gelu_bias=2, patch_embed=1)),
@@ -260,4 +300,19 @@ SMALL: dict[str, Small] = {
         mlp_ratio=2, text_embed_dim=10, adaln_lora_dim=4, max_size=(4, 8, 8), patch_size=(1, 2, 2),
         rope_scale=(2.0, 1.0, 1.0), extra_pos_embed_type="learnable",
         concat_padding_mask=False), _cosmos, dict(adaln=4, gated_adaln=4, gated_residual=2, gelu_bias=2, qk_norm_rope=4)),
+    "hunyuan-video-1.5": Small("HunyuanVideo15Transformer3DModel", dict(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1,
+        num_refiner_layers=1, patch_size=1, patch_size_t=1, text_embed_dim=10, text_embed_2_dim=12,
+        image_embed_dim=14, rope_axes_dim=(2, 4, 4)), _hunyuan15, dict(adaln=3, gated_adaln=3, gated_residual=3, gelu_bias=2, qk_norm_rope=2)),
+    "sana-video": Small("SanaVideoTransformer3DModel", dict(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24,
+        caption_channels=10, mlp_ratio=2.0, sample_size=8), _sana_video, dict(adaln=11, gated_adaln=2, gated_residual=4, patch_embed=1)),
+    "kandinsky-5": Small("Kandinsky5Transformer3DModel", dict(
+        in_visual_dim=4, in_text_dim=10, in_text_dim2=8, time_dim=12, out_visual_dim=4, model_dim=24,
+        ff_dim=48, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 4, 4)), _kandinsky5, dict(adaln=3, gated_adaln=5, gated_residual=3, qk_norm_rope=5)),
+    "allegro": Small("AllegroTransformer3DModel", dict(
+        num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, num_layers=2,
+        cross_attention_dim=48, sample_height=4, sample_width=6, sample_frames=2, caption_channels=10),
+        _allegro, dict(adaln=2, gated_adaln=2, gated_residual=4, gelu_bias=2, patch_embed=1)),
 }  # fmt: skip
