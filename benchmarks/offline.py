@@ -183,9 +183,7 @@ def recorded(target: str = "sm_90") -> Iterator[list[Launch]]:
     """
     launches: list[Launch] = []
 
-    def launch(
-        kernel: Any, grid: tuple[int, ...], *args: Any, compiled: Any = None, **options: Any
-    ) -> None:
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         if 0 not in grid:
             launches.append(Launch(kernel, grid, args, {"enable_fp_fusion": True, **options}))
 

@@ -61,14 +61,14 @@ class Plan(NamedTuple):
     grid: tuple[int, ...]
     numbers: tuple[Any, ...]  # every argument after the pointers
     options: dict[str, Any]
-    compiled: dict[int, Any]  # see `launch`; empty at first
+    compiled: dict[int, Any]  # device -> binary; empty at first
 
 
 class Plans:
     """What a call works out from its arguments, kept for the next one that is alike.
 
     Alike: shapes, strides, dtypes, 16-byte alignment and device of the tensors and all other arguments are
-    equal. Nothing that Triton specialises on differs then, so a plan may hold `compiled` for `launch`.
+    equal. Nothing that Triton specialises on differs then, so a plan may hold the compiled kernel.
     """
 
     every: ClassVar[list[Plans]] = []
@@ -101,52 +101,49 @@ class Plans:
             plans.kept.clear()
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    *args: Any,
-    compiled: dict[int, Any] | None = None,
-    **options: Any,
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
     """`kernel[grid](*args, **options)` on the device of the first tensor; nothing for an empty grid.
 
-    Every launch of the package goes through here: tests and the audit replace it.
+    Every launch that Triton prepares goes through here: tests and the audit replace it.
     Floating-point fusion is always explicit: Triton 3.10 flips its default.
 
-    Args:
-        compiled: kept by a caller for calls that differ in nothing that Triton specialises on (dtypes,
-            16-byte alignment, constants, options): from the second on, they skip its argument handling,
-            which costs more than the rest of a call. A profiler's launch hooks turn this off.
+    Returns:
+        The compiled kernel, as Triton does.
     """
     if 0 in grid:
-        return
+        return None
     elsewhere = _other_device(args)
     if elsewhere is not None:
         with torch.cuda.device(elsewhere):
-            launch(kernel, grid, *args, compiled=compiled, **options)
-        return
+            return launch(kernel, grid, *args, **options)
     options.setdefault("enable_fp_fusion", True)
-    if INTERPRETED or compiled is None or triton.knobs.runtime.launch_enter_hook.calls:
-        kernel[grid](*args, **options)
-        return
-    active = triton.runtime.driver.active
-    device = active.get_current_device()
-    binary = compiled.get(device)
-    if binary is None:
-        compiled[device] = kernel[grid](*args, **options)
-        return
-    x, y, z = (*grid, 1, 1)[:3]
-    binary.run(
-        x, y, z, active.get_current_stream(device), binary.function, binary.packed_metadata,
-        None, None, None, *args,
-    )  # fmt: skip
+    return kernel[grid](*args, **options)
 
 
 def run(kernel: Any, plan: Plan, *pointers: Tensor | None) -> None:
-    """`launch` by a plan."""
-    launch(
-        kernel, plan.grid, *pointers, *plan.numbers, compiled=plan.compiled, **plan.options
-    )  # fmt: skip
+    """`launch` by a plan. From the second call on it skips Triton's argument handling, which costs more than
+    the rest of a call; a profiler's launch hooks turn that off.
+    """
+    if plan.compiled and not triton.knobs.runtime.launch_enter_hook.calls:
+        active = triton.runtime.driver.active
+        device = active.get_current_device()
+        binary = plan.compiled.get(device)  # none where the tensors are on another device
+        if binary is not None:
+            x, y, z = (*plan.grid, 1, 1)[:3]
+            binary.run(
+                x, y, z, active.get_current_stream(device), binary.function, binary.packed_metadata,
+                None, None, None, *pointers, *plan.numbers,
+            )  # fmt: skip
+            return
+    binary = launch(kernel, plan.grid, *pointers, *plan.numbers, **plan.options)
+    if not INTERPRETED and binary is not None:
+        tensor = next(t for t in pointers if t is not None)
+        device = (
+            tensor.get_device()
+            if tensor.is_cuda
+            else triton.runtime.driver.active.get_current_device()
+        )
+        plan.compiled[device] = binary
 
 
 def _other_device(args: Sequence[Any]) -> torch.device | None:
