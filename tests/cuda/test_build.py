@@ -136,7 +136,7 @@ def test_unsupported_devices():
 
 def command(*args: object, **options) -> str:
     run = subprocess.run(
-        [str(arg) for arg in args], capture_output=True, text=True, timeout=900, **options
+        [str(arg) for arg in args], capture_output=True, text=True, timeout=1800, **options
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
