@@ -584,7 +584,8 @@ def backward(
         return [t for t in results if t is not None]
 
     call = _arrange(x, shift, scale, weight, _LEAST_GROUP)
-    if block_k > 64:
+    most = 32 if triton_launch.architecture(x.device) == "sm_80" else 64
+    if block_k > most:
         block_m = 32  # its sums [BLOCK_C, BLOCK_K] fill the registers
     segment = call.segment
     pieces = triton.cdiv(segment, 256)
