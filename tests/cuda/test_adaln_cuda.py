@@ -96,6 +96,20 @@ def test_rows_too_long_for_the_vector_kernels(rows):
     assert [vectors > 0 for vectors, _ in rows] == [False, False, True, False]
 
 
+def test_rows_that_do_not_fit_shared_memory(rows, monkeypatch):
+    """A block of an Ada GPU has 99 KiB: what Hopper's vector kernels take goes to the general ones."""
+    for kib, vectors in ((227, True), (99, False)):
+        monkeypatch.setattr(cuda_extension, "shared_memory", lambda x, kib=kib: kib * 1024)
+        monkeypatch.setattr(backend, "_plans", {})
+        monkeypatch.setattr(backend, "_backward_plans", {})
+        rows.clear()
+        check("gated_adaln", block(16384, 1, torch.bfloat16), backward=False)
+        assert (rows[-1][0] > 0) == vectors
+        rows.clear()
+        check("gated_adaln", block(8192, 1, torch.bfloat16))
+        assert (rows[-1][0] > 0) == vectors
+
+
 @pytest.mark.parametrize(
     "groups",
     [

@@ -135,6 +135,7 @@ def _forward_plan(tensors: Sequence[Tensor | None], form: tuple[Any, ...], eps: 
     tokens, forms = arrange((residual, x), rows, row_index)
     vector_rows = _vector_rows(like, (like,), x, rows, vectors)
     row = _row(x.shape[2], like.element_size(), _FORWARD if vector_rows else None)
+    row = _fit(row, 2 if residual is None else 4, x)
     resident = max(1, 32 * _RESIDENT_FORWARD // row[1]) * cuda_extension.multiprocessors(x)
     total = tokens.samples * tokens.length
     return cuda_extension.kernels().AdalnForward(
@@ -208,6 +209,13 @@ def _row(channels: int, size: int, kernels: Kernels | None) -> tuple[int, int]:
     """(vectors a thread, threads) of a row; no vectors: the general kernel."""
     found = None if kernels is None else _fitting(channels, size, *kernels[size])
     return found or (0, min(256, 32 * -(-channels // 32)))
+
+
+def _fit(row: tuple[int, int], rows: int, x: Tensor) -> tuple[int, int]:
+    """The general kernel where as many rows do not fit shared memory."""
+    if 16 * row[0] * row[1] * rows > cuda_extension.shared_memory(x):
+        return _row(x.shape[2], x.element_size(), None)
+    return row
 
 
 def backward(
@@ -362,11 +370,8 @@ def _backward_plan(
     vector_rows = _vector_rows(like, (dout, dy, dy2, stream), branch, rows, read)
     size = like.element_size()
     row = _row(channels, size, None if not vector_rows else _BACKWARD_EXTRA if extra else _BACKWARD)
-    if row[0] and extra:
-        held = sum(t is not None for t in (dout, dy, dy2, stream, branch))
-        shared = 16 * row[0] * row[1] * (2 * held + 5 * (4 // size))
-        if shared > cuda_extension.shared_memory(x):
-            row = _row(channels, size, None)
+    held = sum(t is not None for t in (dout, dy, dy2, stream, branch))
+    row = _fit(row, 2 * held + (5 * (4 // size) if extra else 0), x)
 
     resident = max(1, 32 * _RESIDENT_BACKWARD // row[1]) * cuda_extension.multiprocessors(x)
     by_row = 0
