@@ -40,9 +40,9 @@ def check_pipelines() -> None:
     table = Table(show_edge=False, title="patched against unpatched", title_justify="left")
     for heading in ("pipeline", "dtype"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("op calls", "steps", "max difference", "PSNR in dB"):
+    for heading in ("op calls", "steps", "difference", "PSNR, dB"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     rows = list(compare())
     for row in rows:
         fine = "ok" if not row.put_back else f"[red]{row.put_back} put back[/red]"

@@ -137,11 +137,11 @@ def attention(
     for i in range(len(q)):
         # each sample attends with its own prompt's tokens
         valid = torch.nonzero(attention_mask[i].flatten(), as_tuple=False).flatten()
-        joint = (
+        q_i, k_i, v_i = (
             torch.cat([x[i : i + 1], c[i : i + 1, :, valid]], dim=2)
             for x, c in ((q, c_q), (k, c_k), (v, c_v))
         )
-        out = F.scaled_dot_product_attention(*joint, dropout_p=0.0, is_causal=False)
+        out = F.scaled_dot_product_attention(q_i, k_i, v_i)
         parts.append(F.pad(out, (0, 0, 0, length + c_length - out.shape[2])))
     out = torch.cat(parts, dim=0).transpose(1, 2).flatten(2, 3)
     out, text = out.split_with_sizes((length, c_length), dim=1)

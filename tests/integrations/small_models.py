@@ -53,7 +53,9 @@ def inputs(small: Small, dtype: torch.dtype = torch.float32, seed: int = 1) -> d
 
 def output(model: nn.Module, given: dict[str, Any]) -> Tensor:
     out = model(**given, return_dict=False)
-    return out[0] if isinstance(out, (tuple, list)) else out
+    out = out[0] if isinstance(out, (tuple, list)) else out
+    # a batch of images of different sizes comes as a list
+    return torch.cat([o.flatten() for o in out]) if isinstance(out, list) else out
 
 
 def image_ids(height: int, width: int) -> Tensor:
@@ -224,16 +226,17 @@ def _kandinsky5(randn: Callable[..., Tensor]) -> dict[str, Any]:
 
 
 def _allegro(randn: Callable[..., Tensor]) -> dict[str, Any]:
-    rope = get_3d_rotary_pos_embed_allegro(
+    *freqs, grid_t, grid_h, grid_w = get_3d_rotary_pos_embed_allegro(
         embed_dim=24, crops_coords=((0, 0), (2, 3)), grid_size=(2, 3), temporal_size=2,
         interpolation_scale=(1.0, 1.0, 1.0), device=torch.device("cpu"),
     )  # fmt: skip
-    freqs_t, freqs_h, freqs_w, grid_t, grid_h, grid_w = rope
+    positions = torch.cartesian_prod(grid_t, grid_h, grid_w).long().T[:, None]  # [3, 1, N]
     return {
         "hidden_states": randn(2, 4, 2, 4, 6), "encoder_hidden_states": randn(2, 1, 5, 10),
         "timestep": torch.tensor([700, 20]), "attention_mask": torch.ones(2, 2, 4, 6),
-        "encoder_attention_mask": torch.tensor([[[1, 1, 1, 1, 1]], [[1, 1, 1, 0, 0]]]),
-        "image_rotary_emb": ((freqs_t, freqs_h, freqs_w), (grid_t.long()[None], grid_h.long()[None], grid_w.long()[None])),
+        "encoder_attention_mask": torch.tensor([[[1, 1, 1, 1, 1]], [[1, 1, 1, 0, 0]]]).to(
+            randn(1).dtype),
+        "image_rotary_emb": (tuple(freqs), tuple(positions)),
     }  # fmt: skip
 
 

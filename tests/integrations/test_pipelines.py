@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
 
 import dit_kernels
+from dit_kernels import cli
 from dit_kernels.integrations import pipelines
 
 
@@ -34,3 +37,25 @@ def test_every_transformer_of_a_pipeline_is_patched() -> None:
     assert {site.split(".")[0] for site, _ in report.replaced} == {"transformer", "transformer_2"}
     dit_kernels.unpatch(both)
     assert not [m for m in both.transformer_2.modules() if "forward" in m.__dict__]
+
+
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    config = tmp_path / "config.json"
+    config.write_text('{"_class_name": "SD3Transformer2DModel", "num_layers": 2}')
+    shown = CliRunner().invoke(cli.app, ["patch-report", str(config)])
+    assert shown.exit_code == 0, shown.output
+    assert "transformer_blocks.*.norm2" in shown.output
+    assert "it has no QK-norm" in shown.output
+
+    row = pipelines.Comparison("Wan", "float32", 18, 0, 4, 0.0, float("inf"))
+    monkeypatch.setattr(pipelines, "compare", lambda: iter([row]))
+    shown = CliRunner().invoke(cli.app, ["check", "--diffusers"])
+    assert shown.exit_code == 0, shown.output
+    assert "equal" in shown.output
+    off = pipelines.Comparison("Flux", "bfloat16", 18, 2, 4, 0.1, 40.0)
+    monkeypatch.setattr(pipelines, "compare", lambda: iter([row, off]))
+    shown = CliRunner().invoke(cli.app, ["check", "--diffusers"])
+    assert shown.exit_code == 1
+    assert "2 put back" in shown.output
