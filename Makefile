@@ -83,7 +83,7 @@ latents: $(INSTALLED) ## Train a model in the latents of the shipped codec (resu
 evaluate: $(INSTALLED) ## Judge the shipped weights; docs/evaluation.json and README's table
 	$(BIN)/dit-kernels evaluate --json docs/evaluation.json --markdown README.md
 
-weights: $(INSTALLED) ## Train the shipped weights again (half an hour on two cores; resumes)
+weights: $(INSTALLED) ## Train the shipped weights again (seventy minutes on one core; resumes)
 	$(BIN)/dit-kernels train --out runs/digits --resume
 
 clean: ## Remove the environment and what the commands wrote

@@ -18,7 +18,7 @@ from dit_kernels.cli.train import train as train_command
 from dit_kernels.video.files import write_video
 from dit_kernels.video.model import ModelConfig, TextToVideo
 from dit_kernels.video.real_clips import read_video
-from dit_kernels.video.training import Trainer, TrainingConfig, train
+from dit_kernels.video.training import SHIPPED_RUN, Trainer, train
 
 PROMPT = "a seven moving left"
 COMMANDS = ("train", "train-codec", "generate", "evaluate", "demo", "info", "check")
@@ -170,7 +170,7 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
         ("train|--text-mode|loud", ["text_mode must be one of", "loud"]),
         ("train|--objective|gan", ["objective must be one of flow, ddpm", "gan"]),
         ("train|--optimizer|sgd", ["optimizer must be one of muon, adamw", "sgd"]),
-        ("train|--accumulate|3", ["accumulate must divide", "3 and 16"]),
+        ("train|--accumulate|3", ["accumulate must divide", "3 and 32"]),
         ("train|--data|nowhere", ["no folder of videos, and no CSV, at nowhere"]),
         ("train|--data|.", ["no video in . can be used"]),
         ("train|--data|a-file", ["a CSV with the columns video and caption"]),
@@ -246,7 +246,9 @@ def test_train_then_resume_then_generate(run, tmp_path):
 
 
 def test_train_resumes_to_the_weights_of_an_unbroken_run(run, tmp_path):
-    config = TrainingConfig(steps=4, batch_size=2, checkpoint_every=2)
+    config = dataclasses.replace(
+        SHIPPED_RUN, small_steps=0, steps=4, batch_size=2, checkpoint_every=2
+    )
     model = ModelConfig(size=16, frames=4, hidden_size=32, depth=1, num_heads=2)
     run("train", "--out", "unbroken", "--steps", 4, "--checkpoint-every", 2, *SMALL_RUN)
 
@@ -285,13 +287,13 @@ def test_train_defaults_are_those_of_the_library():
         for name, parameter in inspect.signature(train_command).parameters.items()
     }
     checked = 0
-    for config in (ModelConfig(), TrainingConfig()):
+    for config in (ModelConfig(), SHIPPED_RUN):
         for field in dataclasses.fields(config):
             if field.name in defaults:
                 default = defaults[field.name]
-                # by default these two follow the codec; in pixels they are the library's
+                # by default these follow the codec, and what is trained on; in pixels they are the library's
                 assert default == getattr(config, field.name) or (
-                    default is None and field.name in ("frames", "patch_size")
+                    default is None and field.name in ("frames", "patch_size", "small_steps")
                 ), field.name
                 checked += 1
     assert checked == 29

@@ -18,7 +18,7 @@ from dit_kernels.video.evaluation import (
 )
 from dit_kernels.video.model import SHIPPED_WEIGHTS, ModelConfig, TextToVideo
 from dit_kernels.video.sampling import SCHEDULERS, generate, initial_noise, to_frames
-from dit_kernels.video.training import TrainingConfig, training_config
+from dit_kernels.video.training import SHIPPED_RUN, training_config
 
 SMALL = ModelConfig(
     size=16, frames=4, hidden_size=32, depth=2, num_heads=2, text_dim=32, text_depth=1
@@ -209,9 +209,8 @@ def test_scores_are_counted():
     assert score.digits_by_digit == {3: [1, 2], 5: [1, 1]}
 
 
-# What the shipped weights reach in 12 steps, by chance it would be a tenth. The aim is three quarters, which needs
-# a longer training; then this rises with the weights.
-DIGITS_READ = 0.35
+# `dit-kernels evaluate` asks for 90% of 320 videos in 30 steps; few videos in few steps scatter more.
+DIGITS_READ = 0.8
 
 
 def test_the_shipped_model_shows_what_is_asked(shipped):
@@ -223,7 +222,7 @@ def test_the_shipped_model_shows_what_is_asked(shipped):
 
 def test_the_shipped_weights_come_from_the_default_settings():
     _, settings = read_checkpoint(SHIPPED_WEIGHTS)
-    assert training_config(settings["trained_with"]) == TrainingConfig()
+    assert training_config(settings["trained_with"]) == SHIPPED_RUN
     assert TextToVideo.load().config == ModelConfig()
     assert SHIPPED_WEIGHTS.stat().st_size < 20e6
 

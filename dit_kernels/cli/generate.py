@@ -48,7 +48,7 @@ def generate(
         ),
     ] = Path("video.mp4"),
     steps: Steps = 30,
-    guidance: Guidance = 2.5,
+    guidance: Guidance = 3.0,
     seed: Seed = 0,
     scheduler: SchedulerName = "euler",
     frames: Annotated[
@@ -151,7 +151,7 @@ def given_frames(
 def evaluate(
     count: Annotated[int, typer.Option(min=1, help="Videos to generate and judge.")] = 320,
     steps: Steps = 30,
-    guidance: Guidance = 2.5,
+    guidance: Guidance = 3.0,
     seed: Seed = 0,
     scheduler: SchedulerName = "euler",
     bar: Annotated[float, typer.Option(min=0, max=1, help="The share of both that passes.")] = 0.9,

@@ -135,7 +135,7 @@ def score_generated(
     count: int = 200,
     *,
     steps: int = 30,
-    guidance: float = 2.5,
+    guidance: float = 3.0,
     seed: int = 0,
     scheduler: str = EULER,
     batch_size: int = 40,

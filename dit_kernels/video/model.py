@@ -47,8 +47,8 @@ class ModelConfig:
     text_dim: int = 128
     text_depth: int = 2
     text_mode: str = "pooled"
-    pos_embed: str = "sincos"
-    qk_norm: str | None = None
+    pos_embed: str = "rope"
+    qk_norm: str | None = "rms"
     codec: str = IDENTITY
     codec_fingerprint: str = ""
     text_encoder: str = WORDS

@@ -37,7 +37,7 @@ def generate(
     frames: int | None = None,
     size: int | tuple[int, int] | None = None,
     steps: int = 30,
-    guidance: float = 2.5,
+    guidance: float = 3.0,
     seed: int = 0,
     scheduler: str = EULER,
     given: Tensor | None = None,
