@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PatchReport",
+    "__version__",
     "debug",
     "models",
     "nn",
@@ -35,10 +36,12 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("dit_kernels.backends").use_backend
     if name in ("PatchReport", "patch", "unpatch"):
         return getattr(importlib.import_module("dit_kernels.integrations"), name)
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("dit-kernels")
     if name in __all__:
         return importlib.import_module(f"dit_kernels.{name}")
     raise AttributeError(f"module 'dit_kernels' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 
+import dit_kernels
 from dit_kernels import backends, ops, use_backend
 
 X = torch.randn(1, 4, 8)
@@ -143,3 +144,13 @@ def test_report_names_every_backend_with_reason_and_remedy():
     assert lines["reference"].available
     for line in lines.values():
         assert line.available or (line.reason and line.fix)
+
+
+def test_the_package_names_its_version_and_what_it_offers():
+    from importlib.metadata import version
+
+    assert dit_kernels.__version__ == version("dit-kernels")
+    public = [name for name in dir(dit_kernels) if not name.startswith("_")]
+    assert public == sorted(name for name in dit_kernels.__all__ if name != "__version__")
+    for name in public:
+        getattr(dit_kernels, name)

@@ -472,11 +472,30 @@ X, T = torch.randn(2, 3, 4, 8, 8), torch.rand(2)
         ),
         (
             lambda: small()(X, torch.rand(2, 3)),
-            "t must be [B] or [B, Gt = 4], a time a frame of patches",
+            "t must be [B] or [B, Gt = 4], a time a frame of patches, for B = 2; got [2, 3]",
         ),
-        (lambda: small(num_classes=5)(X, T), "DiT: y must be given of this model"),
+        (lambda: small()(X, torch.rand(3)), "for B = 2; got [3]"),
+        (
+            lambda: small(num_classes=5)(X, T, torch.tensor([1, 2, 3])),
+            "DiT: y must be [B = 2]; got [3]",
+        ),
+        (
+            lambda: small(text_dim=8)(X, T, text=torch.randn(2, 5, 7)),
+            "DiT: text must be [B = 2, L, text_dim = 8]; got [2, 5, 7]",
+        ),
+        (
+            lambda: small(text_dim=8)(
+                X, T, text=torch.randn(2, 5, 8), text_mask=torch.ones(2, 4, dtype=torch.bool)
+            ),
+            "DiT: text_mask must be [B, L] = [2, 5]; got [2, 4]",
+        ),
+        (
+            lambda: small()(X, T, text_mask=torch.ones(2, 4, dtype=torch.bool)),
+            "DiT: text_mask is given, and no text that it could be of",
+        ),
+        (lambda: small(num_classes=5)(X, T), "DiT: y must be given to this model"),
         (lambda: small()(X, T, torch.tensor([1])), "DiT: y is not an input of this model"),
-        (lambda: small(text_dim=8)(X, T), "DiT: text must be given of this model"),
+        (lambda: small(text_dim=8)(X, T), "DiT: text must be given to this model"),
         (
             lambda: small(pos_embed="learned"),
             "DiT: pos_embed must be one of ('sincos', 'rope'); got 'learned'",
@@ -497,6 +516,11 @@ def test_errors_say_what_was_expected(call, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         call()
     assert message in str(caught.value)
+
+
+def test_a_text_mask_is_bool():
+    with pytest.raises(TypeError, match=r"text_mask must be bool; got torch.int64"):
+        small(text_dim=8)(X, T, text=torch.randn(2, 5, 8), text_mask=torch.ones(2, 5).long())
 
 
 def test_packing_nothing():

@@ -18,7 +18,7 @@ def test_python_examples_run(code):
 
 
 def test_the_examples_are_found():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def test_commands_and_options_exist():

@@ -26,6 +26,9 @@ from dit_kernels.ops.arguments import check_choice
 
 KINDS = ("adaln", "qk_norm_rope", "patch_embed", "feed_forward")
 
+# May be asked for, and is left: which attention is fastest where has not been measured yet.
+LEFT_KINDS = {"attention3d": "attention3d: attention stays with the backend that the model uses"}
+
 # a file a family; "shared" holds what many have
 FAMILIES = (
     "shared", "wan", "flux", "sd3", "cogvideox", "ltx", "hunyuan_video", "pixart", "qwenimage", "mochi",
@@ -91,7 +94,8 @@ def patch(
     Args:
         model: a module, or a diffusers pipeline, whose transformers are patched.
         ops: what to replace: "adaln" (norms, modulation, gates), "qk_norm_rope", "patch_embed",
-            "feed_forward".
+            "feed_forward". "attention3d" is accepted, and left: attention stays with the model's own
+            backend, as the report says of each place.
         rounding: "eager" rounds 16-bit values where the model's own code does, "once" only at the stores.
         check: compare each site with the module's own code in float64 at its first call, and put that
             back, with a warning, where the site is off by more than the accuracy rule allows. A first
@@ -105,7 +109,7 @@ def patch(
         TypeError: the model is neither a module nor a pipeline with a transformer.
     """
     for kind in ops:
-        check_choice("patch", "ops", kind, KINDS)
+        check_choice("patch", "ops", kind, (*KINDS, *LEFT_KINDS))
     check_choice("patch", "rounding", rounding, ("eager", "once"))
     roots = transformers(model)
     for name in FAMILIES:
@@ -114,6 +118,9 @@ def patch(
     for name, root in roots:
         unpatch(root)
         _Walk(root, name, tuple(ops), Fused(rounding), report, check).run()
+        for kind, reason in LEFT_KINDS.items():
+            if kind in ops:
+                report.left += [(site, reason) for site in attentions(root, name)]
     return report
 
 
@@ -129,6 +136,15 @@ def unpatch(model: Any) -> None:
     for _, root in transformers(model):
         for site in sites(root):
             site.remove()
+
+
+def attentions(root: nn.Module, prefix: str) -> list[str]:
+    """The names of the modules with an attention processor."""
+    return [
+        ".".join(filter(None, (prefix, name)))
+        for name, module in root.named_modules()
+        if getattr(module, "processor", None) is not None
+    ]
 
 
 def transformers(model: Any) -> list[tuple[str, nn.Module]]:

@@ -207,11 +207,15 @@ class DiT(nn.Module):
             )
         self._check_conditions(y, text)
         grid = self.grid(x.shape[2:])
-        if t.dim() == 2 and t.shape[1] != grid[0]:
-            raise ValueError(
-                f"DiT: t must be [B] or [B, Gt = {grid[0]}], a time a frame of patches; got {list(t.shape)}"
-            )
         samples, patches = x.shape[0], math.prod(grid)
+        if tuple(t.shape) not in ((samples,), (samples, grid[0])):
+            raise ValueError(
+                f"DiT: t must be [B] or [B, Gt = {grid[0]}], a time a frame of patches, for B = {samples};"
+                f" got {list(t.shape)}"
+            )
+        if y is not None and tuple(y.shape) != (samples,):
+            raise ValueError(f"DiT: y must be [B = {samples}]; got {list(y.shape)}")
+        self._check_text(samples, text, text_mask)
         text_lens = prefix_lengths(text_mask)
         c = self._condition(t, y, text, text_mask)  # [B, C] or [B, Gt, C]
         tokens = self.x_embedder(x, self._positions(grid, x.device))
@@ -336,8 +340,25 @@ class DiT(nn.Module):
         ):
             if given != wanted:
                 raise ValueError(
-                    f"DiT: {name} {'must be given' if wanted else 'is not an input'} of this model"
+                    f"DiT: {name} {'must be given to' if wanted else 'is not an input of'} this model"
                 )
+
+    def _check_text(self, samples: int, text: Tensor | None, text_mask: Tensor | None) -> None:
+        if text is None:
+            if text_mask is not None:
+                raise ValueError("DiT: text_mask is given, and no text that it could be of")
+            return
+        width = self.config["text_dim"]
+        if text.dim() != 3 or (text.shape[0], text.shape[2]) != (samples, width):
+            raise ValueError(
+                f"DiT: text must be [B = {samples}, L, text_dim = {width}]; got {list(text.shape)}"
+            )
+        if text_mask is not None and text_mask.shape != text.shape[:2]:
+            raise ValueError(
+                f"DiT: text_mask must be [B, L] = {list(text.shape[:2])}; got {list(text_mask.shape)}"
+            )
+        if text_mask is not None and text_mask.dtype != torch.bool:
+            raise TypeError(f"DiT: text_mask must be bool; got {text_mask.dtype}")
 
     def _condition(
         self,

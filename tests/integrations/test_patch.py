@@ -97,3 +97,15 @@ def test_unpatch_gives_the_same_bits(family: str) -> None:
         dit_kernels.unpatch(model)
         assert torch.equal(output(model, given), before)
     assert not [m for m in model.modules() if "forward" in m.__dict__]
+
+
+def test_attention_may_be_asked_for_and_is_left() -> None:
+    model, given = build(SMALL["wan"]), inputs(SMALL["wan"])
+    with torch.no_grad():
+        before = output(model, given)
+        report = dit_kernels.patch(model, ops=("attention3d",))
+        assert torch.equal(output(model, given), before)
+    assert not report.replaced
+    processors = [n for n, m in model.named_modules() if getattr(m, "processor", None) is not None]
+    reason = "attention3d: attention stays with the backend that the model uses"
+    assert [site for site, why in report.left if why == reason] == processors
