@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -305,10 +306,13 @@ def test_evaluate_prints_a_row_for_the_model_and_one_for_real_clips(run, weights
     result = run(*command)
     assert result.code == 1
     assert "is below the bar of 90%" in result.out
-    assert "generated" in result.out
     assert "real, held out" in result.out
     assert "4 (100.0%)" in result.out  # of the real clips
-    assert "digit by digit" in result.out
+    # a digit has one way that was held out, and three others
+    assert re.search(
+        r"held-out prompts, digit by digit:  0: ./1  1: ./1  2: ./1  3: ./1\n", result.out
+    )
+    assert re.search(r"trained prompts, digit by digit:  0: ./3  1: ./1\n", result.out)
 
 
 def test_demo_says_where_the_files_are_and_what_to_type_next(run, weights, monkeypatch, tmp_path):
@@ -432,7 +436,8 @@ def test_evaluate_writes_its_figures_and_their_table(run, weights, tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert list(figures) == ["pixels", "latents"]
     assert figures["pixels"]["settings"]["steps"] == 1
-    score = figures["pixels"]["rows"]["pixels"]
+    score = figures["pixels"]["rows"]["pixels, held-out prompts"]
+    trained = figures["pixels"]["rows"]["pixels, trained prompts"]
     real = figures["pixels"]["rows"]["real, held out"]
     assert score["total"] == real["total"] == 4
     lines = page.read_text().splitlines()
@@ -441,8 +446,10 @@ def test_evaluate_writes_its_figures_and_their_table(run, weights, tmp_path):
     assert (
         f"| real, held out | 4 | {real['digits'] / 4:.1%} | {real['directions'] / 4:.1%} |" in lines
     )
-    assert f"| latents | 4 | {score['digits'] / 4:.1%} | {score['directions'] / 4:.1%} |" in lines
-    assert len(lines) == 4 + 2 + 3  # the real clips once
+    for kind, of in {"held-out": score, "trained": trained}.items():
+        shares = f"{of['digits'] / 4:.1%} | {of['directions'] / 4:.1%}"
+        assert f"| latents, {kind} prompts | 4 | {shares} |" in lines
+    assert len(lines) == 4 + 2 + 5  # the real clips once
     page.write_text("no place")
     assert_one_line_after(run(*command, *written), "has no place for the table")
 

@@ -190,7 +190,7 @@ LATENT = ModelConfig(
 def test_a_model_is_trained_and_sampled_in_latents(tmp_path):
     config = TrainingConfig(steps=2, batch_size=2, given_share=0.5, checkpoint_every=1)
     trainer = Trainer(LATENT, config)
-    assert trainer.tokens == 2 * 3 * 2 * 2
+    assert trainer.tokens(0) == 2 * 3 * 2 * 2
     path = train(trainer, tmp_path)
     assert Trainer.load(tmp_path / "checkpoint.safetensors").model.config == trainer.model.config
     model = TextToVideo.load(path)

@@ -8,7 +8,7 @@ import torch
 from dit_kernels.video.checkpoints import read_checkpoint
 from dit_kernels.video.codecs import Identity
 from dit_kernels.video.demo import CAPTIONS, make_demo
-from dit_kernels.video.digits import MovingDigit, MovingDigits, parse_caption
+from dit_kernels.video.digits import MovingDigit, MovingDigits, all_captions, parse_caption
 from dit_kernels.video.evaluation import (
     Score,
     direction_of,
@@ -214,7 +214,7 @@ DIGITS_READ = 0.8
 
 
 def test_the_shipped_model_shows_what_is_asked(shipped):
-    score = score_generated(shipped, 40, steps=12, seed=1000)
+    score = score_generated(shipped, all_captions(), 40, steps=12, seed=1000)
     assert score.total == 40
     assert score.digits >= DIGITS_READ * 40
     assert score.directions >= 0.95 * 40

@@ -277,8 +277,10 @@ def test_the_first_steps_can_be_on_small_clips():
     )
     trainer = Trainer(dataclasses.replace(SMALL, frames=8, size=20), config)
     assert trainer._draw()[0].shape == (6, 1, 4, 16, 16)
+    assert trainer.tokens(0) == 6 * 1 * 4 * 4
     trainer.step()
     assert trainer._draw()[0].shape == (4, 1, 8, 20, 20)
+    assert trainer.tokens(1) == 4 * 2 * 5 * 5
     trainer.step()
 
 

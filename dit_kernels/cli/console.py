@@ -142,35 +142,42 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def training_bar(
-    first: int, total: int, a_step: int, unit: str
+    first: int, total: int, work: Callable[[int], int], unit: str
 ) -> Iterator[Callable[[int, float], None]]:
     """A bar with loss, speed and time left; plain lines where there is no terminal.
 
     Args:
         first, total: steps that are done, and steps there are.
-        a_step: how many of `unit` a step trains on.
+        work: how many of `unit` a step trains on, by its number.
     """
     import time
+    from datetime import timedelta
 
-    smooth = None
+    smooth, worked, left = None, 0, sum(map(work, range(first, total)))
     began = time.monotonic()
     with Progress(
         TextColumn("training"), BarColumn(), MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} " + unit + "/s"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TimeElapsedColumn(), TextColumn("left {task.fields[left]}"),
         console=progress_output, disable=not progress_output.is_terminal,
     ) as progress:  # fmt: skip
-        task = progress.add_task("training", total=total, completed=first, loss=0.0, rate=0.0)
+        task = progress.add_task(
+            "training", total=total, completed=first, loss=0.0, rate=0.0, left="?"
+        )
 
         def on_step(done: int, loss: float) -> None:
-            nonlocal smooth
+            nonlocal smooth, worked, left
             smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
-            rate = (done - first) / (time.monotonic() - began)
-            progress.update(task, completed=done, loss=smooth, rate=rate * a_step)
+            worked, left = worked + work(done - 1), left - work(done - 1)
+            rate = worked / (time.monotonic() - began)
+            seconds = round(left / rate)
+            progress.update(
+                task, completed=done, loss=smooth, rate=rate, left=timedelta(seconds=seconds)
+            )
             if not progress_output.is_terminal and (done % 100 == 0 or done == total):
                 progress_output.print(
-                    f"step {done}/{total}  loss {smooth:.4f}  {rate * a_step:,.0f} {unit}/s  "
-                    f"{(total - done) / rate / 60:.0f} minutes left",
+                    f"step {done}/{total}  loss {smooth:.4f}  {rate:,.0f} {unit}/s  "
+                    f"{seconds / 60:.0f} minutes left",
                     highlight=False,
                 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -295,7 +296,7 @@ def train_codec(
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     say_skipped(trainer.data)
-    path = run_to_the_end(trainer, out, trainer.config.batch_size, "clips")
+    path = run_to_the_end(trainer, out, lambda step: trainer.config.batch_size, "clips")
     quality = codec_training.signal_to_noise(
         trainer.model, trainer.data.batch(codec_training.MEASURED[:16])[0].to(where)
     )
@@ -357,12 +358,12 @@ def say_skipped(clips: Clips) -> None:
         output.print(f"skipped {path}: {reason}", **PLAIN)
 
 
-def run_to_the_end(trainer: Run, out: Path, a_step: int, unit: str) -> Path:
-    """Train with a bar; Ctrl-C keeps the work done."""
+def run_to_the_end(trainer: Run, out: Path, work: Callable[[int], int], unit: str) -> Path:
+    """Train with a bar, of so many `unit` as work(step) says; Ctrl-C keeps the work done."""
     from dit_kernels.video import runs
 
     try:
-        with training_bar(trainer.step_number, trainer.config.steps, a_step, unit) as on_step:
+        with training_bar(trainer.step_number, trainer.config.steps, work, unit) as on_step:
             return runs.train(trainer, out, on_step)
     except KeyboardInterrupt:
         trainer.save(out / runs.CHECKPOINT_NAME)

@@ -2,7 +2,9 @@
 
 scikit-learn ships 1,797 scanned digits of 8x8 pixels. Each is enlarged to 14x14 and moved at a
 constant speed over a black frame. A fifth of the scans is held out for testing, so a test clip
-shows handwriting that no training clip showed.
+shows handwriting that no training clip showed. So is a quarter of what captions can ask for: no
+training clip shows a digit going the one way that `held_out` names for it, so that a model which
+shows it must have learned digits and directions apart.
 """
 
 from __future__ import annotations
@@ -74,9 +76,26 @@ def _phrase_of(moving: MovingDigit) -> str:
     return f"{article} {word} moving {moving.direction} {moving.speed}".strip()
 
 
+def held_out(digit: int, direction: str) -> bool:
+    """Whether training never shows this digit going this way: one way a digit."""
+    return direction == list(DIRECTIONS)[digit % len(DIRECTIONS)]
+
+
 def all_captions() -> list[str]:
     """Every caption of one digit at the plain speed, digits in order, each in the four directions."""
     return [caption_of(MovingDigit(d, way)) for d in range(10) for way in DIRECTIONS]
+
+
+def captions_of_split(split: str) -> list[str]:
+    """Of `all_captions`, the thirty that training shows ("train") or the ten held out ("test")."""
+    _check_split(split)
+    asked = [parse_caption(caption) for caption in all_captions()]
+    return [caption_of(m) for m in asked if held_out(m.digit, m.direction) == (split == "test")]
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
 
 
 @functools.lru_cache(maxsize=len(SPLITS))
@@ -92,8 +111,7 @@ def load_scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: another split.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    _check_split(split)
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -116,7 +134,7 @@ class MovingDigits:
         frames: frames in a clip, F.
         size: height and width in pixels, (Y, X) or one number for both; at least 14.
         seed: chooses the whole list.
-        split: "train" or "test" scans.
+        split: "train" or "test" scans; "test" clips also go the ways that are held out.
         most_digits: a clip shows one digit, up to so many.
         speeds: also digits that move slowly or quickly.
         channels: C of the clips; all are the same grey.
@@ -175,7 +193,9 @@ class MovingDigits:
     def _draw(self, canvas: np.ndarray, rng: np.random.Generator) -> MovingDigit:
         """Move a scan over canvas [F, Y, X]; where two digits overlap the brighter shows."""
         scan = rng.integers(len(self.scans))
-        direction = list(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
+        digit = int(self.digits[scan])
+        ways = [way for way in DIRECTIONS if self.split == "test" or not held_out(digit, way)]
+        direction = ways[rng.integers(len(ways))]
         speed = list(SPEEDS)[rng.integers(len(SPEEDS))] if self.speeds else ""
         travel = SPEEDS[speed] * (self.frames - 1)
         rows_columns = []
@@ -194,4 +214,4 @@ class MovingDigits:
         frame = np.arange(self.frames)[:, None, None]
         where = frame, rows[:, :, None], columns[:, None, :]
         canvas[where] = np.maximum(canvas[where], self.scans[scan])
-        return MovingDigit(int(self.digits[scan]), direction, speed)
+        return MovingDigit(digit, direction, speed)

@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from dit_kernels.video.digits import (
     SPEED,
     MovingDigit,
     MovingDigits,
-    all_captions,
     load_scans,
     parse_caption,
 )
@@ -132,6 +131,7 @@ def watch(video: torch.Tensor) -> MovingDigit:
 
 def score_generated(
     model: TextToVideo,
+    captions: Sequence[str],
     count: int = 200,
     *,
     steps: int = 30,
@@ -141,18 +141,17 @@ def score_generated(
     batch_size: int = 40,
     on_videos: Callable[[int], None] = lambda count: None,
 ) -> Score:
-    """Generate count videos, going round all captions of the grammar, and watch them."""
-    grammar = all_captions()
-    asked = [grammar[i % len(grammar)] for i in range(count)]
+    """Generate count videos, going round the captions, and watch them."""
+    asked = [captions[i % len(captions)] for i in range(count)]
     score = Score()
     for first in range(0, count, batch_size):
-        captions = asked[first : first + batch_size]
+        some = asked[first : first + batch_size]
         videos = generate(
-            model, captions, steps=steps, guidance=guidance, seed=seed + first, scheduler=scheduler
+            model, some, steps=steps, guidance=guidance, seed=seed + first, scheduler=scheduler
         )
-        for caption, video in zip(captions, videos, strict=True):
+        for caption, video in zip(some, videos, strict=True):
             score.add(parse_caption(caption), watch(video))
-        on_videos(len(captions))
+        on_videos(len(some))
     return score
 
 

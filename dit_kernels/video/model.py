@@ -58,7 +58,12 @@ class ModelConfig:
     @property
     def height_width(self) -> tuple[int, int]:
         """The size, as two numbers."""
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
+        return pair(self.size)
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a size that may be one number for both."""
+    return (size, size) if isinstance(size, int) else size
 
 
 class TextToVideo(nn.Module):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_kernels.video.model import TextToVideo
+from dit_kernels.video.model import TextToVideo, pair
 from dit_kernels.video.runs import random_generator
 
 # Spends more of the steps near noise, where the digit and its way are decided.
@@ -69,7 +69,7 @@ def generate(
     """
     config = model.config
     frames = config.frames if frames is None else frames
-    height, width = config.height_width if size is None else (size, size) if isinstance(size, int) else size  # fmt: skip
+    height, width = config.height_width if size is None else pair(size)
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
     latent_shape = model.codec.latent_shape(frames, height, width)

@@ -21,7 +21,7 @@ from dit_kernels.testing import plain_torch
 from dit_kernels.video import ddpm
 from dit_kernels.video.checkpoints import read_checkpoint, write_checkpoint
 from dit_kernels.video.data import Clips, ClipsConfig, open_clips
-from dit_kernels.video.model import FLOW, ModelConfig, TextToVideo, model_config
+from dit_kernels.video.model import FLOW, ModelConfig, TextToVideo, model_config, pair
 from dit_kernels.video.runs import (
     CHECKPOINT_NAME,
     TrainingDiverged,
@@ -167,10 +167,18 @@ class Trainer:
                 config.clips, config.small_frames, config.small_size, sizes.channels, config.seed
             )
 
-    @property
-    def tokens(self) -> int:
+    def tokens(self, step: int) -> int:
         """Patches that a step trains on."""
-        return self.config.batch_size * math.prod(self.model.dit.input_grid)
+        config, model = self.config, self.model
+        frames, size, clips = model.config.frames, model.config.height_width, config.batch_size
+        if step < config.small_steps:
+            frames, size, clips = (
+                config.small_frames,
+                pair(config.small_size),
+                config.small_batch_size,
+            )
+        _, *latent_size = model.codec.latent_shape(frames, *size)
+        return clips * math.prod(model.dit.grid(latent_size))
 
     def step(self) -> float:
         """One step of the optimizer.
