@@ -255,7 +255,7 @@ def _amd(kernel: Any, target: str, warps: int, shared: int) -> dict[str, Any]:
     for kind, what in re.findall(r"(?:global|buffer|flat)_(load|store)_(\w+)", text):
         size = next((n for name, n in sizes.items() if name in what), 1)
         (loads if kind == "load" else stores)[size] += 1
-    registers = number("vgpr_count") + number("agpr_count")
+    registers = number("vgpr_count")  # the accumulation registers are counted in it
     waves = min(8, 512 // max(8, -(-registers // 8) * 8))
     fit = min(waves * 4 // warps, 65536 // shared if shared else 32)
     return {

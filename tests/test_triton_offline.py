@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,37 +168,88 @@ def test_key_follows_the_code(monkeypatch):
     assert key() == before
 
 
-def test_check_compiles_what_changed_and_fails(tmp_path, monkeypatch, capsys):
-    compiled: list[str] = []
-    figures = dict(
-        tile="", warps=4, registers=32, spills=0, shared=0, occupancy=1.0, loads={16: 1}, stores={16: 1},
-        matrix="", tma=False, dot16=False, aligned=16,
-    )  # fmt: skip
-    monkeypatch.setattr(
-        audit, "inspect", lambda launch, target: compiled.append(launch.name) or dict(figures)
-    )
-    monkeypatch.setattr(audit, "HERE", tmp_path)
+class Audited:
+    """`python -m benchmarks.audit unpatchify` with given figures in place of compiled binaries."""
 
-    def run(*arguments: str) -> tuple[int, str]:
-        compiled.clear()
-        monkeypatch.setattr("sys.argv", ["audit", "unpatchify", *arguments])
-        return audit.main(), capsys.readouterr().out.splitlines()[-1]
+    def __init__(self, folder, monkeypatch, capsys) -> None:
+        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+        self.compiled: list[str] = []
+        self.figures = dict(
+            tile="", warps=4, registers=32, spills=0, shared=0, occupancy=1.0, loads={16: 1}, stores={16: 1},
+            matrix="", tma=False, dot16=False, aligned=16,
+        )  # fmt: skip
+        monkeypatch.setattr(audit, "HERE", folder)
+        monkeypatch.setattr(audit, "inspect", self.inspect)
 
-    assert run("--target", "sm_90")[0] == 0
-    assert set(compiled) == {"unpatchify"}
-    count = len(compiled)
+    def inspect(self, launch: offline.Launch, target: str) -> dict[str, object]:
+        self.compiled.append(launch.name)
+        return dict(self.figures)
+
+    def __call__(self, *arguments: str) -> tuple[int, str]:
+        """Exit status and last line."""
+        self.compiled.clear()
+        self.monkeypatch.setattr("sys.argv", ["audit", "unpatchify", *arguments])
+        return audit.main(), self.capsys.readouterr().out.splitlines()[-1]
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "audit.json"
+
+    @property
+    def table(self) -> Path:
+        return self.folder / "audit.md"
+
+
+@pytest.fixture
+def audited(tmp_path, monkeypatch, capsys) -> Audited:
+    return Audited(tmp_path, monkeypatch, capsys)
+
+
+def test_check_compiles_what_changed_and_fails(audited):
+    assert audited("--target", "sm_90")[0] == 0
+    assert set(audited.compiled) == {"unpatchify"}
+    count = len(audited.compiled)
     # the other targets are named in the table, and not asked for
     assert (
         "unpatchify has not been compiled for sm_80, sm_100, gfx942 yet."
-        in (tmp_path / "audit.md").read_text()
+        in audited.table.read_text()
     )
-    assert run("--check") == (0, f"{count} binaries: no spill, no narrow load")
-    assert not compiled
-    store = tmp_path / "audit.json"
-    lines = store.read_text().splitlines()
-    store.write_text("\n".join([*lines[:1], *lines[2:]]))
-    status, last = run("--check")
-    assert (status, compiled) == (0, ["unpatchify"])
-    figures["registers"] = 33
-    status, last = run("--check")
+    assert audited("--check") == (0, f"{count} binaries: no spill, no narrow load")
+    assert not audited.compiled
+    lines = audited.store.read_text().splitlines()
+    audited.store.write_text("\n".join([*lines[:1], *lines[2:]]))
+    assert audited("--check")[0] == 0
+    assert audited.compiled == ["unpatchify"]
+    audited.figures["registers"] = 33
+    status, last = audited("--check")
     assert (status, last) == (1, "benchmarks/audit.md is not of this source: run `make audit` and commit it")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("planted", "problem"),
+    [
+        (dict(spills=1), "spills"),
+        (dict(loads={4: 9, 16: 2}), "most bytes come by loads of 4 where 16 fit"),
+        (dict(dot16=True, matrix="HMMA"), "a 16-bit matrix product without HGMMA"),
+        (dict(dot16=True, matrix=""), "a 16-bit matrix product without HGMMA"),
+    ],
+)
+@pytest.mark.parametrize("how", ["committed", "compiled"])
+def test_check_fails_on_a_planted_row(audited, planted, problem, how):
+    """One bad row: in the table and its store, where nothing is compiled, or from the compiler."""
+    assert audited("--target", "sm_90")[0] == 0
+    rows = json.loads(audited.store.read_text())
+    bad = next(iter(rows))
+    failure = f"unpatchify: {rows[bad]['call']} unpatchify sm_90: {problem}"
+    if how == "compiled":
+        audited.figures |= planted
+        del rows[bad]
+        audit.save(audited.store, rows)
+        assert audited("--target", "sm_90") == (1, failure)
+        assert audited.compiled == ["unpatchify"]
+    else:
+        rows[bad] |= planted
+        audit.save(audited.store, rows)
+        audited.table.write_text(audit.render(list(json.loads(audited.store.read_text()).values())))
+    assert audited("--check") == (1, failure)
+    assert not audited.compiled
