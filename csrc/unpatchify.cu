@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) unpatchify_kernel(const Unpatchify c
       }
     }
   };
-  // rows of the video that the patches hold, VIDEO_VECTOR adjacent elements at a time
+  // rows of the video that the patches hold, VIDEO_VECTOR adjacent elements at a time, in one row or in several
   auto video = [&] {
     Word* const frame = static_cast<Word*>(call.video) + sample * call.video_strides[0];
     const int row = bw * pw, total = channels * pt * bh * ph * row;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) unpatchify_kernel(const Unpatchify c
       Word* const pixels = frame + c * call.video_strides[1] +
                            (static_cast<int64_t>(gt) * pt + t) * call.video_strides[2] + y * call.video_strides[3] +
                            (static_cast<int64_t>(gw0) * pw + x) * call.video_strides[4];
-      const int k = t * call.steps[0] + h * call.steps[1] + c * call.steps[3];
+      int k = t * call.steps[0] + h * call.steps[1] + c * call.steps[3];
       Packed<Word, VIDEO_VECTOR> packed;
       if constexpr (INVERSE) packed.load(pixels);
 #pragma unroll
@@ -95,7 +95,16 @@ __global__ void __launch_bounds__(kThreads) unpatchify_kernel(const Unpatchify c
         else packed.at[i] = shared;
         if (++w == static_cast<uint32_t>(pw)) {
           w = 0;
-          ++patch_w;
+          // rows that follow one another in memory: a vector may reach into the next
+          if (++patch_w == static_cast<uint32_t>(bw)) {
+            patch_w = 0;
+            k += call.steps[1];
+            if (++h == static_cast<uint32_t>(ph)) {
+              h = 0;
+              k -= ph * call.steps[1];
+              ++patch_h;
+            }
+          }
         }
       }
       if constexpr (!INVERSE) packed.store(pixels);
@@ -116,7 +125,12 @@ template <typename Word, bool INVERSE>
 void launch(const Unpatchify& call, cudaStream_t stream) {
   constexpr int VECTOR = 16 / sizeof(Word);
   const int64_t values = int64_t{call.patch[0]} * call.patch[1] * call.patch[2] * call.channels;
-  const int64_t row = int64_t{call.block_w} * call.patch[2], last = call.grid[2] % call.block_w * call.patch[2];
+  // elements that are adjacent in the video: of a row, or of all rows where the block has the whole width
+  const int64_t row = int64_t{call.block_w} * call.patch[2];
+  int64_t last = call.grid[2] % call.block_w * call.patch[2];
+  const bool whole = call.block_w == call.grid[2] && call.video_strides[3] == row;
+  const int64_t adjacent = whole ? row * call.patch[1] * call.block_h : row;
+  if (whole) last = row * call.patch[1] * (call.grid[1] % call.block_h);
   const size_t shared = sizeof(Word) * call.block_h * call.block_w * (values | 1);
   if (shared > 96 * 1024 || call.block_h < 1 || call.block_w < 1) {
     throw std::invalid_argument(std::to_string(call.block_h) + " x " + std::to_string(call.block_w) +
@@ -132,9 +146,9 @@ void launch(const Unpatchify& call, cudaStream_t stream) {
                          ceil_div(call.grid[2], call.block_w);
   const bool wide_tokens = values % VECTOR == 0 && call.token_strides[2] == 1 &&
                            aligned16(call.tokens, sizeof(Word), call.token_strides[0], call.token_strides[1]);
-  const bool wide_video = row % VECTOR == 0 && last % VECTOR == 0 && call.video_strides[4] == 1 &&
+  const bool wide_video = adjacent % VECTOR == 0 && last % VECTOR == 0 && call.video_strides[4] == 1 &&
                           aligned16(call.video, sizeof(Word), call.video_strides[0], call.video_strides[1],
-                                    call.video_strides[2], call.video_strides[3]);
+                                    call.video_strides[2], whole ? 0 : call.video_strides[3]);
   with_bool(wide_tokens, [&](auto tokens) {
     with_bool(wide_video, [&](auto video) {
       constexpr int TOKENS = decltype(tokens)::value ? VECTOR : 1, VIDEO = decltype(video)::value ? VECTOR : 1;

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from dit_kernels import ops, testing
+from dit_kernels.ops import cuda_extension
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = [case.name for case in testing.cases(torch.float32) if case.op == "unpatchify"]
@@ -44,12 +46,36 @@ def test_every_layout(layout):
         ((1, 9, 33), (2, 3, 5), 1),
         ((3, 1, 1), (1, 1, 1), 7),
         ((1, 2, 3), (1, 16, 16), 3),
+        ((2, 6, 45), (1, 2, 2), 16),
+        ((1, 5, 45), (1, 2, 2), 16),
+        ((1, 8, 5), (1, 1, 1), 9),
     ],
 )  # fmt: skip
 def test_grids_and_patches(grid, patch_size, channels):
     width = patch_size[0] * patch_size[1] * patch_size[2] * channels
     tokens = torch.randn(1, grid[0] * grid[1] * grid[2], width).bfloat16()
     check(dict(tokens=tokens, grid=grid, patch_size=patch_size, channels=channels))
+
+
+@pytest.mark.parametrize(
+    ("grid", "wide"), [((13, 30, 45), True), ((1, 31, 45), False), ((28, 30, 53), True)]
+)
+def test_odd_widths_take_several_rows_at_a_time(grid, wide):
+    """Rows of 90 values are no multiple of 16 bytes; four of them are."""
+    kernels = cuda_extension.kernels()
+    kernels.record(True)
+    try:
+        tokens = torch.empty(1, math.prod(grid), 64, dtype=torch.bfloat16, requires_grad=True)
+        video = ops.unpatchify(tokens, grid, (1, 2, 2), 16, backend="cuda")
+        torch.autograd.grad(video, tokens, torch.empty_like(video))
+        names = [launched[0] for launched in kernels.recorded()]
+    finally:
+        kernels.record(False)
+    vectors = 8 if wide else 1
+    expected = [
+        f"unpatchify_kernel<unsigned short, {way}, 8, {vectors}>" for way in ("false", "true")
+    ]
+    assert names == expected
 
 
 def test_views():

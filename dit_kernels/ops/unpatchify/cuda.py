@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -74,6 +75,11 @@ def _move(
         step *= length[axis]
     block_w = max(1, min(grid[2], _TILE // step))
     block_h = max(1, min(grid[1], _TILE // (step * block_w)))
+    if block_w == grid[2]:
+        # rows that are no multiple of 16 bytes: as many together as are
+        rows = 16 // math.gcd(16, patch_size[1] * patch_size[2] * block_w * tokens.element_size())
+        if rows * block_w * step <= 4 * _TILE:
+            block_h = rows * -(-block_h // rows)
     cuda_extension.kernels().unpatchify(
         *cuda_extension.where(tokens), read, written, inverse, tokens.element_size(),
         tokens.shape[0], list(grid), list(patch_size), channels, [steps[axis] for axis in "thwc"],
