@@ -178,15 +178,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                         });
 }
 
-// Not inlined: the compiler would make a copy of the loop around it for each combination of null pointers
-template <int WIDTH>
-__device__ __noinline__ void store_own_rows(const FinalLayerRows& to, int64_t at, const float (&dshift)[WIDTH],
-                                            const float (&dscale)[WIDTH]) {
-  if (to.dshift.data != nullptr) store_channels(to.dshift.data, at, dshift, to.dshift.dtype);
-  if (to.dscale.data != nullptr) store_channels(to.dscale.data, at, dscale, to.dscale.dtype);
-}
-
-template <typename T, int WIDTH>
+// OWN: a token has a row of scale or shift of its own
+template <typename T, int WIDTH, bool OWN>
 __global__ void __launch_bounds__(kThreads, 2)
     final_layer_bwd_rows_kernel(const FinalLayer call, const FinalLayerRows to, bool wide_weight,
                                 const Pixels pixels) {
@@ -231,9 +224,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int LANES = COLUMNS / WIDTH < 32 ? COLUMNS / WIDTH : 32, TOGETHER = 32 / LANES;
   constexpr int PER_LANE = COLUMNS / WIDTH / LANES;
   const int column = lane % LANES * WIDTH, first_line = warp * kWarpRows + lane / LANES;
-  // the block's tokens share their row of scale, or each has its own
-  const bool own_scale = call.scale.data != nullptr && call.scale.group_length == 1;
-  const bool own_rows = to.dshift.data != nullptr || to.dscale.data != nullptr;
   auto load_scale = [&](float(&scale)[WIDTH], int line, int c) {
     fill(scale, 0.0f);
     if (call.scale.data != nullptr && c < call.width) {
@@ -263,10 +253,10 @@ __global__ void __launch_bounds__(kThreads, 2)
           const int i = column + 32 * p, c = c0 + i;
           if (c >= call.width || lines.x[line] < 0) continue;
           load_xhat(xhat, line, c);
-          if (own_scale) load_scale(own, line, c);
+          if constexpr (OWN) load_scale(own, line, c);
 #pragma unroll
           for (int j = 0; j < WIDTH; ++j) {
-            const float dn = stage[line * S + i + j] * (own_scale ? own[j] : scale[p][j]);
+            const float dn = stage[line * S + i + j] * (OWN ? own[j] : scale[p][j]);
             dot += dn * xhat[j];
             sum += dn;
           }
@@ -307,18 +297,21 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (c >= call.width) continue;
         float dy[WIDTH], dx[WIDTH];
         load_xhat(xhat, line, c);
-        if (own_scale) load_scale(own, line, c);
+        if constexpr (OWN) load_scale(own, line, c);
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) {
           dy[j] = stage[line * S + i + j];
-          const float dn = dy[j] * (own_scale ? own[j] : scale[p][j]);
+          const float dn = dy[j] * (OWN ? own[j] : scale[p][j]);
           dx[j] = (dn - xhat[j] * along[line] - centre[line]) * lines.rstd[line];
           shift_sums[p][j] += dy[j];
           xhat[j] *= dy[j];
           scale_sums[p][j] += xhat[j];
         }
         if (to.dx.data != nullptr) store_channels(to.dx.data, out + c, dx, sizeof(T) == 2 ? dtype_of<T> : to.dx.dtype);
-        if (own_rows) store_own_rows(to, out + c, dy, xhat);
+        if constexpr (OWN) {
+          if (to.dshift.data != nullptr) store_channels(to.dshift.data, out + c, dy, to.dshift.dtype);
+          if (to.dscale.data != nullptr) store_channels(to.dscale.data, out + c, xhat, to.dscale.dtype);
+        }
       }
     }
     if (!sums) continue;
@@ -467,11 +460,16 @@ void final_layer_bwd_rows(const FinalLayer& call, const FinalLayerRows& rows, cu
                                 std::to_string(tokens));
   }
   const int64_t blocks = call.samples * (tokens / rows.segment) * ceil_div(rows.segment, ROWS);
+  const bool own = rows.dshift.data != nullptr || rows.dscale.data != nullptr ||
+                   (call.scale.data != nullptr && call.scale.group_length == 1);
   with_operands(call, [&](auto element, auto width) {
     using T = decltype(element);
     const size_t tiles = sizeof(T) * (ROWS * STRIDE<T, DEPTH<T>> + DEPTH<T> * STRIDE<T, COLUMNS>);
-    DK_LAUNCH((final_layer_bwd_rows_kernel<T, decltype(width)::value>), grid_of(blocks), dim3(kThreads), tiles + kStageBytes, stream, call,
-              rows, wide_weight(call), pixels_of(call, dtype_of<T>, DEPTH<T>, rows.segment));
+    with_bool(own, [&](auto of_own) {
+      DK_LAUNCH((final_layer_bwd_rows_kernel<T, decltype(width)::value, decltype(of_own)::value>), grid_of(blocks),
+                dim3(kThreads), tiles + kStageBytes, stream, call, rows, wide_weight(call),
+                pixels_of(call, dtype_of<T>, DEPTH<T>, rows.segment));
+    });
   });
 }
 
