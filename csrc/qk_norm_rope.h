@@ -49,7 +49,7 @@ struct QkNormRope {
   int32_t lanes, threads;
 };
 
-// d(cos), d(sin): a thread adds up one angle over what turns by it.
+// d(cos), d(sin): sums over what turns by an angle.
 struct QkNormRopeAngles {
   QkNormRope call;
   Result dcos, dsin;  // [samples, L, heads, R], contiguous

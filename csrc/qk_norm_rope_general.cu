@@ -1,7 +1,6 @@
 // QK-norm + RoPE for what the vector kernels do not take: any head dim, strides and dtypes, pair by pair.
 //
-// A block owns a row at a time and a thread every n-th pair of it, which it reads again in each pass. And
-// the gradients of the angles, which few models learn: a thread adds up one angle in order.
+// A block owns a row at a time and a thread every n-th pair of it, which it reads again in each pass.
 #include "qk_norm_rope.cuh"
 
 namespace dk {
@@ -162,49 +161,6 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_bwd_any_kernel(const Qk
   }
 }
 
-// One angle a thread: it visits the samples and heads that turn by it, of q and then of k
-__global__ void __launch_bounds__(kThreads) qk_norm_rope_bwd_angles_kernel(const QkNormRopeAngles angles) {
-  const QkNormRope& call = angles.call;
-  const int each = call.turning * call.sections;
-  const int64_t total = angles.samples * call.angles.length * angles.heads * each;
-  const int64_t at = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (at >= total) return;
-  const int angle = static_cast<int>(at % each), head = static_cast<int>(at / each % angles.heads);
-  const int l = static_cast<int>(at / each / angles.heads % call.angles.length);
-  const int64_t sample = at / each / angles.heads / call.angles.length;
-  // the pair that turns by it, in a head
-  const int wide = call.dim / call.sections, section = angle / call.turning, i = angle % call.turning;
-  const int first = section * wide;
-  const int channel_a = call.half ? first + i : first + 2 * i;
-  const int channel_b = call.half ? first + i + call.turning : first + 2 * i + 1;
-  float dcos = 0.0f, dsin = 0.0f;
-  for (const HeadsSide& side : call.sides) {
-    if (side.dy.data == nullptr) continue;
-    const int n = call.angles.start + l;
-    for (int64_t b = angles.samples > 1 ? sample : 0; b < (angles.samples > 1 ? sample + 1 : side.samples); ++b) {
-      for (int h = angles.heads > 1 ? head : 0; h < (angles.heads > 1 ? head + 1 : side.heads); ++h) {
-        const int64_t row = call.hidden ? b * side.length + n : (b * side.length + n) * side.heads + h;
-        const int base = call.hidden ? h * call.dim : 0;
-        const int64_t from = b * side.x.stride_sample + n * side.x.stride_token + h * side.x.stride_head;
-        const int64_t dy_from = b * side.dy.stride_sample + n * side.dy.stride_token + h * side.dy.stride_head;
-        const float rstd = call.norm != Norm::none ? side.rstd[row] : 1.0f;
-        const float mean = call.norm == Norm::layer ? side.mean[row] : 0.0f;
-        float x[1] = {(load_channel(call, side.x, from, 0, channel_a) - mean) * rstd};
-        float y[1] = {(load_channel(call, side.x, from, 0, channel_b) - mean) * rstd};
-        finish_norm(x, call, side, base + channel_a);
-        finish_norm(y, call, side, base + channel_b);
-        const float gx = load_channel(call, side.dy, dy_from, 0, channel_a);
-        const float gy = load_channel(call, side.dy, dy_from, 0, channel_b);
-        dcos += gx * x[0] + gy * y[0];
-        dsin += gy * x[0] - gx * y[0];
-      }
-    }
-  }
-  const float both[2][1] = {{dcos}, {dsin}};
-  if (angles.dcos.data != nullptr) store_channels(angles.dcos.data, at, both[0], angles.dcos.dtype);
-  if (angles.dsin.data != nullptr) store_channels(angles.dsin.data, at, both[1], angles.dsin.dtype);
-}
-
 dim3 grid_of_sides(const QkNormRope& call) { return grid_of(call.sides[0].blocks + call.sides[1].blocks); }
 
 }  // namespace
@@ -218,12 +174,5 @@ void backward_any(const QkNormRope& call, cudaStream_t stream) {
 }
 
 }  // namespace qk
-
-void qk_norm_rope_bwd_angles(const QkNormRopeAngles& angles, cudaStream_t stream) {
-  const QkNormRope& call = angles.call;
-  const int64_t total = angles.samples * call.angles.length * angles.heads * call.turning * call.sections;
-  DK_LAUNCH(qk::qk_norm_rope_bwd_angles_kernel, grid_of(ceil_div(total, qk::kThreads)), dim3(qk::kThreads), 0, stream,
-            angles);
-}
 
 }  // namespace dk
