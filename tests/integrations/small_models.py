@@ -53,9 +53,10 @@ def inputs(small: Small, dtype: torch.dtype = torch.float32, seed: int = 1) -> d
 
 def output(model: nn.Module, given: dict[str, Any]) -> Tensor:
     out = model(**given, return_dict=False)
-    out = out[0] if isinstance(out, (tuple, list)) else out
-    # a batch of images of different sizes comes as a list
-    return torch.cat([o.flatten() for o in out]) if isinstance(out, list) else out
+    if isinstance(out, tuple) and len(out) == 1:
+        out = out[0]
+    # video and audio; or a batch of images of different sizes
+    return torch.cat([o.flatten() for o in out]) if isinstance(out, (tuple, list)) else out
 
 
 def image_ids(height: int, width: int) -> Tensor:
@@ -63,6 +64,16 @@ def image_ids(height: int, width: int) -> Tensor:
     ids[..., 1] += torch.arange(height)[:, None]
     ids[..., 2] += torch.arange(width)[None]
     return ids.flatten(0, 1)
+
+
+def _ltx2(randn: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 12, 4), "audio_hidden_states": randn(2, 7, 6),
+        "encoder_hidden_states": randn(2, 5, 10), "audio_encoder_hidden_states": randn(2, 5, 10),
+        "timestep": torch.tensor([700.0, 20.0]), "sigma": torch.tensor([0.7, 0.02]),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+        "num_frames": 2, "height": 2, "width": 3, "audio_num_frames": 7,
+    }  # fmt: skip
 
 
 def _flux(randn: Callable[..., Tensor]) -> dict[str, Any]:
@@ -240,6 +251,13 @@ def _allegro(randn: Callable[..., Tensor]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+_LTX2: dict[str, Any] = dict(
+    in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24,
+    audio_in_channels=6, audio_out_channels=6, audio_num_attention_heads=2, audio_attention_head_dim=8,
+    audio_cross_attention_dim=16, num_layers=1, caption_channels=10,
+)  # fmt: skip
+_LTX2_ROWS = dict(adaln=2, gated_adaln=6, gated_residual=2, gelu_bias=2, qk_norm_rope=12)
+
 SMALL: dict[str, Small] = {
     "wan": Small("WanTransformer3DModel", _WAN, _wan, dict(
         adaln=3, gated_adaln=4, gated_residual=2, qk_norm_rope=6, gelu_bias=2, patch_embed=1)),
@@ -269,6 +287,10 @@ SMALL: dict[str, Small] = {
     "ltx": Small("LTXVideoTransformer3DModel", dict(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
         num_layers=2, caption_channels=10), _ltx, dict(adaln=2, gated_adaln=2, gated_residual=4, gelu_bias=2, qk_norm_rope=4)),
+    "ltx2": Small("LTX2VideoTransformer3DModel", _LTX2, _ltx2, _LTX2_ROWS),
+    "ltx2.3": Small("LTX2VideoTransformer3DModel", _LTX2 | dict(
+        rope_type="split", gated_attn=True, audio_gated_attn=True, cross_attn_mod=True,
+        audio_cross_attn_mod=True), _ltx2, _LTX2_ROWS),
     "hunyuan-video": Small("HunyuanVideoTransformer3DModel", dict(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1,
         num_single_layers=1, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=True,
