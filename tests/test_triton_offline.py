@@ -101,8 +101,9 @@ def test_audit_knows_what_rows_allow():
 
 def test_audit_finds_spills_and_slow_products():
     row = dict(
-        target="sm_90", spills=1, loads={16: 1}, tma=False, dot16=True, matrix="HMMA", aligned=16
-    )
+        target="sm_90", spills=1, loads={16: 1}, tma=False, dot16=True, matrix="HMMA", aligned=16,
+        shared=0, occupancy=0.5,
+    )  # fmt: skip
     assert audit.problems(row) == ["spills", "a 16-bit matrix product without HGMMA"]
     assert audit.problems({**row, "target": "sm_80"}) == ["spills"]
     assert not audit.problems({**row, "spills": 0, "matrix": "HGMMA"})
@@ -229,6 +230,8 @@ def test_check_compiles_what_changed_and_fails(audited):
     ("planted", "problem"),
     [
         (dict(spills=1), "spills"),
+        (dict(occupancy=0.0), "a block does not fit: 0 bytes of shared memory"),
+        (dict(shared=240_000), "a block does not fit: 240000 bytes of shared memory"),
         (dict(loads={4: 9, 16: 2}), "most bytes come by loads of 4 where 16 fit"),
         (dict(dot16=True, matrix="HMMA"), "a 16-bit matrix product without HGMMA"),
         (dict(dot16=True, matrix=""), "a 16-bit matrix product without HGMMA"),
