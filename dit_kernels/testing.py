@@ -141,14 +141,15 @@ def run(
     outputs = {f"out{i}": out for i, out in enumerate(result) if out is not None}
     if not backward:
         return Run(outputs)
-    generator = torch.Generator().manual_seed(1)
+    device = next(iter(outputs.values())).device  # large ones take seconds to draw on a CPU
+    generator = torch.Generator(device).manual_seed(1)
     total: list[Tensor] = []
     cotangents: list[Tensor] = []
     for out in outputs.values():
         # drawn in bfloat16 so that every dtype is given the same values
-        cotangent = torch.randn(out.shape, generator=generator).bfloat16()
+        cotangent = torch.randn(out.shape, generator=generator, device=device).bfloat16()
         total.append(out)
-        cotangents.append(cotangent.to(out.device, out.dtype))
+        cotangents.append(cotangent.to(out.dtype))
     wanted = {n: v for n, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
     grads = torch.autograd.grad(
         total, list(wanted.values()), cotangents, allow_unused=True, materialize_grads=True
