@@ -120,7 +120,7 @@ def _eager(case: Case, arguments: Arguments) -> Callable[..., Outputs]:
 
 def _compiled(mode: str) -> Callable[[Case, Arguments], Callable[..., Outputs]]:
     def call(case: Case, arguments: Arguments) -> Callable[..., Outputs]:
-        torch._dynamo.reset()
+        _reset_compiler()
         function = getattr(ops, case.function)
         compiled = torch.compile(lambda **given: function(**given), fullgraph=True, mode=mode)
 
@@ -131,6 +131,12 @@ def _compiled(mode: str) -> Callable[[Case, Arguments], Callable[..., Outputs]]:
         return run
 
     return call
+
+
+def _reset_compiler() -> None:
+    torch._dynamo.reset()
+    # a backward that is timed alone keeps its graph, which torch.compile refuses if it gave buffers away
+    torch._functorch.config.donated_buffer = False
 
 
 def _sdpa(kernel: str) -> Baseline:
@@ -161,7 +167,7 @@ def _flex(case: Case, arguments: Arguments) -> Callable[..., Outputs]:
     """FlexAttention with the same window, its block mask made beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch._dynamo.reset()
+    _reset_compiler()
     grid, window, text = (arguments[name] for name in ("grid", "window_size", "text_tokens"))
     patches = grid[0] * grid[1] * grid[2]
 

@@ -4,12 +4,16 @@
     python -m benchmarks.bench models [--help]
     python -m benchmarks.bench --compare A.json B.json
 
-`dit-kernels bench` is the same.
+`dit-kernels bench` is the same. The file is written row by row and says what is being measured, so that a run
+that crashes, hangs or is killed loses one measurement: `--resume` goes on with the next.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
+import functools
 import importlib.util
 import json
 import sys
@@ -23,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
+from benchmarks.accuracy import compared, compared_rows, reach
 from benchmarks.baselines import Baseline, Outputs, baselines
 from benchmarks.cases import CASES, Arguments, Case, cases_for
 from benchmarks.shapes import CPU, CPU_QUICK, QUICK, SHAPES, SWEEPS, Shape, swept
@@ -34,6 +39,10 @@ OURS = ("triton", "cuda", "reference", "ours")
 DIRECTIONS = ("forward", "backward", "both")
 # of a sweep's points on a CPU
 CPU_TOKENS = 1024
+# seconds by a baseline's preparation: with fewer left it is not begun; after so many on a GPU it is given up
+NEEDED = (2, 15, 45)
+PATIENCE = (60, 150, 300)
+HEAVY = 0.05  # seconds of one call at the least: such points come after the others
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,13 @@ def points(
 
 
 def run(
-    device: str, wanted: Sequence[Point], dtype: torch.dtype, seconds: float = float("inf")
+    device: str,
+    wanted: Sequence[Point],
+    dtype: torch.dtype,
+    seconds: float = float("inf"),
+    done: frozenset[tuple[str, ...]] = frozenset(),
 ) -> Iterator[Row]:
-    """A row a point, implementation and direction.
+    """A row a point, implementation and direction; before those of a pair {"begun": what they are of}.
 
     After `seconds` nothing new is begun; then the last row is {"unfinished": how many are missing}.
     """
@@ -76,25 +89,69 @@ def run(
         for baseline in baselines(device)
         if baseline.applies(point.case)
     ]
-    pairs.sort(key=lambda pair: pair[1].preparation)
-    for i, (point, baseline) in enumerate(pairs):
-        if time.monotonic() > end:
-            yield {"unfinished": len(pairs) - i}
-            return
-        row = {
+    heavy = {id(point): _heavy(point, dtype) for point in wanted}
+    pairs.sort(key=lambda pair: (pair[1].preparation, heavy[id(pair[0])]))
+    rows = [
+        {
             "case": point.case.name, "op": point.case.op, **point.tags,
             "implementation": baseline.name, "dtype": str(dtype).removeprefix("torch."),
-        }  # fmt: skip
-        try:
-            yield from _measured(point, baseline, dtype, device, row)
-        except torch.OutOfMemoryError:
-            yield {**row, "absent": "out of memory"}
-        except Exception as error:  # Triton's own are none of Python's narrower kinds
-            reason = (str(error).strip().splitlines() or ["no message"])[0]
-            yield {**row, "failed": f"{type(error).__name__}: {reason}"}
-        finally:
+        }
+        for point, baseline in pairs
+    ]  # fmt: skip
+    left = [of for of in zip(pairs, rows, strict=True) if task_key(of[1]) not in done]
+    for i, ((point, baseline), row) in enumerate(left):
+        if time.monotonic() + NEEDED[baseline.preparation] > end:
+            yield {"unfinished": len(left) - i}
+            return
+        measured = functools.partial(_measured, point, baseline, dtype, device, row)
+        yield from attempted(row, measured, device, PATIENCE[baseline.preparation])
+        if lost(device):
+            yield {"unfinished": len(left) - i - 1, "begun": {}}
+            return
+
+
+def _heavy(point: Point, dtype: torch.dtype) -> bool:
+    return point.case.cost(point.shape, dtype)["backward"][0] / 800e12 > HEAVY
+
+
+def attempted(
+    row: Row, measured: Callable[[], Iterator[Row]], device: str, patience: float
+) -> Iterator[Row]:
+    """The measured rows, or one that says why there are none."""
+    yield {"begun": row}
+    try:
+        with ended_after(patience, device):
+            yield from measured()
+    except torch.OutOfMemoryError:
+        yield {**row, "absent": "out of memory"}
+    except Exception as error:  # Triton's own are none of Python's narrower kinds
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        yield {**row, "failed": f"{type(error).__name__}: {reason}"}
+    finally:
+        with contextlib.suppress(RuntimeError):
             if device == "cuda":
                 torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float, device: str) -> Iterator[None]:
+    """Inside, a kernel that never ends ends the process, which nothing else can; it says where it was."""
+    if device == "cuda":
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def lost(device: str) -> bool:
+    """Whether a kernel's error has ended the GPU's context: every later call would fail with it."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _measured(
@@ -103,26 +160,24 @@ def _measured(
     case, shape = point.case, point.shape
     costs = case.cost(shape, dtype)
     costs["both"] = tuple(sum(pair) for pair in zip(*costs.values(), strict=True))
-    small = case.arguments(shape.small(), dtype, device, 0)
-    reason = baseline.missing(case, small) or baseline.missing(
-        case, case.arguments(shape, dtype, device, 0)
-    )
-    if reason:
+    arguments = case.arguments(shape, dtype, device, 0)
+    if reason := baseline.missing(case, arguments):
         yield {**row, "absent": reason}
         return
     differentiable = baseline.has_backward(case)
-    wrong = [a for a in accuracy(case, small, baseline) if not a.ok]
+    call, found = prepared(case, shape, dtype, device, baseline, arguments)
+    wrong = [a for a in found if not a.ok]
     if wrong and baseline.name in OURS:
         raise AssertionError(
             f"{wrong[0].tensor} is off by {wrong[0].error:.2e}, allowed {wrong[0].allowed:.2e}"
         )
-    row = {**row, "accurate": not wrong}
-    call = baseline.call(case, case.arguments(shape, dtype, device, 0))
+    row = {**row, "accurate": not wrong, "compared": reach(case, shape, device)}
     size = costs["forward"][1]
-    inputs = [case.arguments(shape, dtype, device, seed) for seed in range(sets_for(size, device))]
-    saved = _saved_bytes(call, inputs[0]) if differentiable else None
+    seeds = range(1, sets_for(size, device))
+    inputs = [arguments, *(case.arguments(shape, dtype, device, seed) for seed in seeds)]
+    saved = _saved_bytes(call, arguments) if differentiable else None
     for direction in DIRECTIONS if differentiable else ("forward",):
-        peak = _peak(call, inputs[0], direction) if device == "cuda" else None
+        peak = _peak(call, arguments, direction) if device == "cuda" else None
         timing = timed(calls(call, inputs, direction, device), device)
         flops, moved = costs[direction]
         yield {
@@ -132,19 +187,25 @@ def _measured(
         }  # fmt: skip
 
 
-def accuracy(case: Case, small: Arguments, baseline: Baseline) -> list[testing.Accuracy]:
-    """The rule on the small form of the shape, forward and, where there is one, backward."""
-    function, backward = case.function, baseline.has_backward(case)
-    oracle = testing.run(
-        function, testing.converted(small, torch.float64), backward=backward, backend="reference"
-    ).all()
-    with testing.plain_torch():
-        eager = testing.run(function, small, backward=backward).all()
-    got = testing.run(baseline.call(case, small), small, backward=backward).all()
-    return [
-        testing.Accuracy(n, testing.error(got[n], oracle[n]), testing.allowed(eager[n], oracle[n]))
-        for n in oracle
-    ]
+def prepared(
+    case: Case,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str,
+    baseline: Baseline,
+    arguments: Arguments,
+) -> tuple[Callable[..., Outputs], list[testing.Accuracy]]:
+    """What is timed, and how accurate it is."""
+    whole = reach(case, shape, device)
+    if whole == "small form":
+        small = case.arguments(shape.small(), dtype, device, 0)
+        found = compared(case, small, baseline, baseline.call(case, small))
+    call = baseline.call(case, arguments)
+    if whole == "all":
+        found = compared(case, arguments, baseline, call)
+    elif whole == "rows":
+        found = compared_rows(arguments, call, backward=baseline.has_backward(case))
+    return call, found
 
 
 def _peak(call: Callable[..., Outputs], arguments: Arguments, direction: str) -> int:
@@ -193,9 +254,9 @@ def calls(
     if direction == "forward":
 
         def forward(arguments: Arguments) -> Callable[[], object]:
-            def once() -> None:
+            def once() -> Outputs:
                 with torch.no_grad():
-                    call(**arguments)
+                    return call(**arguments)
 
             return once
 
@@ -232,6 +293,14 @@ def compare(old: Path, new: Path) -> list[str]:
             change = 100 * (b["ms"] / a["ms"] - 1)
             line = f"{change:+6.1f}%  {a['ms']:.4f} -> {b['ms']:.4f} ms  {' '.join(key)}"
             lines.append((-abs(change), line))
+    reasons = {
+        task_key(row): row.get("failed") or row["absent"]
+        for row in runs[1]["rows"]
+        if "ms" not in row
+    }
+    for key in before.keys() - after.keys():
+        if reason := reasons.get(task_key(before[key])):
+            lines.append((0.0, f"   gone  {' '.join(key)}: {reason}"))
     head = []
     for name in ("device", "torch", "triton", "driver"):
         a, b = (run.get("machine", {}).get(name) for run in runs)
@@ -240,10 +309,16 @@ def compare(old: Path, new: Path) -> list[str]:
     return head + [line for _, line in sorted(lines)]
 
 
-def row_key(row: Row) -> tuple[str, ...]:
-    """What a row is of; rows of ops and of models."""
-    keys = ("case", "model", "mode", "shape", "batch", "implementation", "direction", "dtype")
+def task_key(row: Row) -> tuple[str, ...]:
+    """What is measured at a time; rows of ops and of models."""
+    keys = ("case", "model", "mode", "measure", "shape", "implementation", "dtype")
     return tuple(str(row[key]) for key in keys if key in row)
+
+
+def row_key(row: Row) -> tuple[str, ...]:
+    """What one number is of."""
+    keys = ("batch", "direction")
+    return (*task_key(row), *(str(row[key]) for key in keys if key in row))
 
 
 def describe(row: Row, ceilings: dict[str, float]) -> str:
@@ -264,7 +339,8 @@ def binding(row: Row, ceilings: dict[str, float]) -> tuple[str, float]:
     copy = row["bytes"] / (ceilings["copy_gbps"] * 1e9)
     product = row["flops"] / (ceilings["matmul_tflops"] * 1e12)
     percent = 100 * max(copy, product) / (row["ms"] / 1e3)
-    return f"{row['tflops']:.1f} TFLOP/s" if product > copy else f"{row['gbps']:.0f} GB/s", percent
+    rate, unit = (row["tflops"], "TFLOP/s") if product > copy else (row["gbps"], "GB/s")
+    return f"{rate:.0f} {unit}" if rate >= 100 else f"{rate:.3g} {unit}", percent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -289,11 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="vary one size, may be repeated: " + ", ".join(SWEEPS) + ", all; no --shape then means none",
     )  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--out", type=Path, help="folder of the JSON; benchmarks/results/<device>")
+    add_run_options(parser)
     parser.add_argument("--name", help="of the JSON file; ops, or sweeps")
-    parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="begin nothing new after so many"
-    )
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("A", "B"), help="what moved from A to B"
     )
@@ -318,15 +391,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not wanted:
         print("dit-kernels bench: none of these cases has one of these shapes", file=sys.stderr)
         return 2
-    result: Row = {"machine": machine.describe(device), "ceilings": machine.ceilings(device)}
-    print(json.dumps({**result["machine"], **result["ceilings"]}, indent=1))
     path = result_file(given.out, given.name or ("sweeps" if sweeps else "ops"), device)
-    rows = run(device, wanted, getattr(torch, given.dtype), given.seconds)
+    result, done = opened(path, device, resume=given.resume)
+    rows = run(device, wanted, getattr(torch, given.dtype), given.seconds, done)
     failed = write_rows(path, result, rows, describe)
     if device == "cpu" and not sweeps:
         result["host_us"] = _host_cost()
         save(path, result)
+    closing(result, path)
     return 1 if failed else 0
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, help="folder of the JSON; benchmarks/results/<gpu>, on a CPU runs/bench"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin nothing new after so many"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what the file has; measure what is missing"
+    )
+
+
+def opened(path: Path, device: str, *, resume: bool) -> tuple[Row, frozenset[tuple[str, ...]]]:
+    """A result to be filled, with what in it need not be measured again."""
+    described = machine.describe(device)
+    if resume and path.is_file():
+        result = json.loads(path.read_text())
+        if result["machine"]["device"] == described["device"]:
+            if cut_off := result.pop("begun", None):
+                reason = "the process ended meanwhile: it crashed, hung or was killed"
+                result["rows"].append({**cut_off, "failed": reason})
+            result.pop("unfinished", None)
+            return result, frozenset(task_key(row) for row in result["rows"])
+    result = {"machine": described, "ceilings": machine.ceilings(device), "rows": []}
+    print(json.dumps({**described, **result["ceilings"]}, indent=1), flush=True)
+    return result, frozenset()
 
 
 def default_shapes(device: str, quick: bool) -> tuple[str, ...]:
@@ -336,7 +437,7 @@ def default_shapes(device: str, quick: bool) -> tuple[str, ...]:
 
 
 def result_file(folder: Path | None, name: str, device: str) -> Path:
-    folder = folder or machine.ROOT / "benchmarks" / "results" / machine.folder(device)
+    folder = folder or machine.results(device)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}.json"
 
@@ -345,19 +446,33 @@ def write_rows(
     path: Path, result: Row, rows: Iterator[Row], line: Callable[[Row, dict[str, float]], str]
 ) -> int:
     """Write and print the rows as they come; how many of ours failed."""
-    result["rows"] = []
     for row in rows:
         if "unfinished" in row:
             result |= row
-            print(f"out of time: {row['unfinished']} not begun", flush=True)
+            why = "the GPU's context is lost; --resume goes on" if "begun" in row else "out of time"
+            print(f"{why}: {row['unfinished']} not begun", flush=True)
+        elif "begun" in row:
+            result |= row
         else:
             result["rows"].append(row)
             print(line(row, result["ceilings"]), flush=True)
         save(path, result)  # as it goes: a run may be cut off
+    if result.get("begun"):
+        del result["begun"]
+        save(path, result)
     failed = [row for row in result["rows"] if "failed" in row]
     ours = sum(row["implementation"].startswith(OURS) for row in failed)
     print(f"{len(result['rows'])} rows, {len(failed)} failed, {ours} of them ours: {path}")
     return ours
+
+
+def closing(result: Row, path: Path) -> None:
+    """The same tables as in the report, and how to have its plots."""
+    from benchmarks import report
+
+    print(
+        f"\n{report.section(result)}\n{path}; python -m benchmarks.report {path.parent} has plots"
+    )
 
 
 def save(path: Path, result: Row) -> None:

@@ -14,12 +14,10 @@ import contextlib
 import copy
 import functools
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import machine
-from benchmarks.bench import Row, result_file, write_rows
+from benchmarks.bench import (
+    Row,
+    add_run_options,
+    attempted,
+    closing,
+    lost,
+    opened,
+    result_file,
+    task_key,
+    write_rows,
+)
 from benchmarks.timing import timed
 from dit_kernels import backends, testing
 from dit_kernels.models import DiT, DiT_models
@@ -36,6 +43,9 @@ from dit_kernels.models import DiT, DiT_models
 MODES = ("forward", "train", "generate")
 GUIDANCE = 4.0
 GROUPS = 8  # of the U-Net's norms
+# seconds: with fewer left nothing is begun, or compiled; after so many on a GPU it is given up
+NEEDED = {False: 8, True: 40}
+PATIENCE = 300
 Inputs = dict[str, Tensor]
 
 
@@ -139,15 +149,11 @@ def unet_beside(model: Model) -> Model:
     @functools.cache
     def width() -> int:
         wanted = flops(model, "forward")
-        found = {}
-        low, high = (
-            1,
-            2048 // GROUPS,
-        )  # its FLOPs grow with the width, a multiple of its norms' groups
-        while low <= high:
-            middle = (low + high) // 2
-            found[middle] = flops(made(GROUPS * middle), "forward")
-            low, high = (middle + 1, high) if found[middle] < wanted else (low, middle - 1)
+        found: dict[int, int] = {}
+        units = 16  # of the norms' groups; the FLOPs grow about as the square of the width
+        while units not in found:
+            found[units] = flops(made(GROUPS * units), "forward")
+            units = max(1, round(units * (wanted / found[units]) ** 0.5))
         return GROUPS * min(found, key=lambda units: abs(found[units] - wanted))
 
     def made(channels: int | None = None) -> Model:
@@ -406,35 +412,45 @@ def tasks(device: str, names: Sequence[str], modes: Sequence[str]) -> list[Task]
     return found
 
 
-def run(wanted: Sequence[Task], device: str, seconds: float = float("inf")) -> Iterator[Row]:
+def run(
+    wanted: Sequence[Task],
+    device: str,
+    seconds: float = float("inf"),
+    done: frozenset[tuple[str, ...]] = frozenset(),
+) -> Iterator[Row]:
+    """As `bench.run`."""
     end = time.monotonic() + seconds
     accurate: dict[tuple[str, bool, str], bool | None] = {}
-    for i, task in enumerate(wanted):
-        if time.monotonic() > end:
-            yield {"unfinished": len(wanted) - i}
+    left = [task for task in wanted if task_key(_row(task)) not in done]
+    for i, task in enumerate(left):
+        if time.monotonic() + NEEDED[task.implementation.compiled] > end:
+            yield {"unfinished": len(left) - i}
             return
-        row = {
-            "model": task.model.name, "mode": task.mode, "measure": task.measure,
-            "implementation": task.implementation.name,
-            "dtype": "bfloat16 autocast" if task.mode == "train" else "bfloat16",
-        }  # fmt: skip
-        reason = task.model.missing()
-        if reason:
-            yield {**row, "absent": reason}
+        if reason := task.model.missing():
+            yield {**_row(task), "absent": reason}
             continue
-        try:
-            name = (task.model.name, task.mode == "train", task.implementation.name)
-            if name not in accurate:
-                accurate[name] = _is_accurate(task, device)
-            yield {**row, **_measured(task, device, accurate[name])}
-        except torch.OutOfMemoryError:
-            yield {**row, "absent": "out of memory"}
-        except Exception as error:  # the compiler's own are none of Python's narrower kinds
-            reason = (str(error).strip().splitlines() or ["no message"])[0]
-            yield {**row, "failed": f"{type(error).__name__}: {reason}"}
-        finally:
-            if device == "cuda":
-                torch.cuda.empty_cache()
+        rows = functools.partial(_checked_and_measured, task, device, accurate)
+        yield from attempted(_row(task), rows, device, PATIENCE)
+        if lost(device):
+            yield {"unfinished": len(left) - i - 1, "begun": {}}
+            return
+
+
+def _row(task: Task) -> Row:
+    return {
+        "model": task.model.name, "mode": task.mode, "measure": task.measure,
+        "implementation": task.implementation.name,
+        "dtype": "bfloat16 autocast" if task.mode == "train" else "bfloat16",
+    }  # fmt: skip
+
+
+def _checked_and_measured(
+    task: Task, device: str, accurate: dict[tuple[str, bool, str], bool | None]
+) -> Iterator[Row]:
+    name = (task.model.name, task.mode == "train", task.implementation.name)
+    if name not in accurate:
+        accurate[name] = _is_accurate(task, device)
+    yield {**_row(task), **_measured(task, device, accurate[name])}
 
 
 def _is_accurate(task: Task, device: str) -> bool | None:
@@ -525,11 +541,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="of " + ", ".join(names))
     parser.add_argument("--mode", action="append", choices=MODES, help="all by default")
-    parser.add_argument("--out", type=Path, help="folder of the JSON; benchmarks/results/<device>")
+    add_run_options(parser)
     parser.add_argument("--name", default="models", help="of the JSON file")
-    parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="begin nothing new after so many"
-    )
     given = parser.parse_args(arguments)
     unknown = [name for name in given.models if name not in names]
     if unknown:
@@ -538,11 +551,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    result: Row = {"machine": machine.describe(device), "ceilings": machine.ceilings(device)}
-    print(json.dumps({**result["machine"], **result["ceilings"]}, indent=1))
     wanted = tasks(device, given.models, given.mode or MODES)
     path = result_file(given.out, given.name, device)
-    failed = write_rows(path, result, run(wanted, device, given.seconds), describe)
+    result, done = opened(path, device, resume=given.resume)
+    failed = write_rows(path, result, run(wanted, device, given.seconds, done), describe)
+    closing(result, path)
     return 1 if failed else 0
 
 

@@ -150,9 +150,11 @@ def _cudnn_adaln(arguments: Arguments) -> Callable[..., Outputs]:
         torch.float32: cudnn.data_type.FLOAT,
     }  # fmt: skip
     single = cudnn.data_type.FLOAT
+    handle = cudnn.create_handle()
     graph = cudnn.pygraph(
-        io_data_type=kinds[x.dtype], intermediate_data_type=single, compute_data_type=single
-    )
+        io_data_type=kinds[x.dtype], intermediate_data_type=single, compute_data_type=single,
+        handle=handle,
+    )  # fmt: skip
     batch, _, channels = x.shape
     row = {"dim": [batch, 1, channels], "stride": [channels, channels, 1], "data_type": single}
     x_in = graph.tensor(
@@ -174,7 +176,9 @@ def _cudnn_adaln(arguments: Arguments) -> Callable[..., Outputs]:
     def run(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         y = torch.empty_like(x)
         rows = {scale_in: 1 + scale.float(), shift_in: shift.float().contiguous()}
-        graph.execute({x_in: x, **rows, eps_in: eps, y_out: y}, workspace)
+        # else it runs on the default stream, which no graph captures
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+        graph.execute({x_in: x, **rows, eps_in: eps, y_out: y}, workspace, handle=handle)
         return y
 
     return run

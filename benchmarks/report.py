@@ -73,7 +73,7 @@ def page(runs: dict[str, list[Run]]) -> str:
         if device == "cpu":
             parts.append("A CPU run shows that the suite works, and nothing about the kernels.\n")
         parts += [f"![{title}](images/{name}.png)\n" for title, name in pictures(device, found)]
-        parts += [_section(run) for run in found]
+        parts += [section(run) for run in found]
     parts.append(_contents(runs))
     return "\n".join(parts)
 
@@ -82,7 +82,8 @@ def on_gpus(runs: dict[str, list[Run]]) -> dict[str, list[Run]]:
     return {device: found for device, found in runs.items() if device != "cpu"}
 
 
-def _section(run: Run) -> str:
+def section(run: Run) -> str:
+    """The tables of one run."""
     machine, ceilings = run["machine"], run["ceilings"]
     head = ", ".join(
         f"{name} {machine[name]}"

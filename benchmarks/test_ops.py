@@ -35,10 +35,9 @@ def test_op(benchmark, name, direction):
         reason = "it has no backward"
     if reason:
         pytest.skip(reason)
-    small = case.arguments(shape.small(), torch.bfloat16, DEVICE, 0)
-    wrong = [a for a in bench.accuracy(case, small, baseline) if not a.ok]
+    call, found = bench.prepared(case, shape, torch.bfloat16, DEVICE, baseline, arguments)
+    wrong = [a for a in found if not a.ok]
     assert not wrong or baseline.name not in bench.OURS, wrong
-    call = baseline.call(case, arguments)
     size = case.cost(shape, torch.bfloat16)["forward"][1]
     seeds = range(sets_for(size, DEVICE))
     inputs = [case.arguments(shape, torch.bfloat16, DEVICE, seed) for seed in seeds]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import bench_models as suite
+from benchmarks import machine
 from dit_kernels import backends
 from dit_kernels.models import DiT_models
 
@@ -74,7 +75,8 @@ def test_a_wrong_model_is_not_timed(monkeypatch):
         return [y if x.dtype == torch.float64 else y + 1]
 
     monkeypatch.setattr(reference, "forward", wrong)
-    (row,) = suite.run([suite.Task(TINY, "forward", "latency", OURS)], "cpu")
+    begun, row = suite.run([suite.Task(TINY, "forward", "latency", OURS)], "cpu")
+    assert begun["begun"]["implementation"] == "ours"
     assert "output is off by" in row["failed"]
 
 
@@ -140,9 +142,8 @@ def test_rows_are_written_as_they_come_and_compiled_ones_are_right(tmp_path, mon
     """One compiled block, shared by the layers, serves a whole model."""
     compiled = [i for i in suite.IMPLEMENTATIONS if i.name == "ours-compile-graph"]
     monkeypatch.setattr(suite, "IMPLEMENTATIONS", (EAGER, *compiled))
-    monkeypatch.setattr(
-        suite.machine, "ceilings", lambda device: {"matmul_tflops": 1.0, "copy_gbps": 1.0}
-    )
+    ceilings = {"matmul_tflops": 1.0, "copy_gbps": 1.0, "launch_us": 1.0, "graph_launch_us": 1.0}
+    monkeypatch.setattr(machine, "ceilings", lambda device: ceilings)
     arguments = ["models", "tiny-image", "--mode", "forward", "--out", str(tmp_path)]
     from benchmarks import bench
 

@@ -124,10 +124,14 @@ class DotProductAttention(torch.nn.Module):
         return attention(q, k, v).flatten(2)
 
 
+def set_stream(handle, stream):
+    handle.stream = stream
+
+
 class CudnnGraph:
     """adalayernorm with what cudnn's graph has around it."""
 
-    def __init__(self, **types):
+    def __init__(self, handle, **types):
         self.made, self.options = [], {}
 
     def tensor(self, name, dim, stride, data_type, is_pass_by_value=False):
@@ -147,7 +151,8 @@ class CudnnGraph:
     def get_workspace_size(self):
         return 16
 
-    def execute(self, tensors, workspace):
+    def execute(self, tensors, workspace, handle):
+        assert handle.stream == 77
         x, scale, shift, eps = (tensors[name] for name in self.names)
         assert scale.dtype == shift.dtype == torch.float32
         y = F.layer_norm(x.float(), x.shape[-1:], eps=float(eps)) * scale[:, None] + shift[:, None]
@@ -170,6 +175,7 @@ STANDINS = {
     "cudnn": {
         "data_type": names("BFLOAT16", "HALF", "FLOAT"), "pygraph": CudnnGraph,
         "norm_forward_phase": names("INFERENCE"), "heur_mode": names("A", "FALLBACK"),
+        "create_handle": types.SimpleNamespace, "set_stream": set_stream,
     },
     "sageattention": {"sageattn": sageattn},
     "natten": {"na3d": na3d},
@@ -211,6 +217,8 @@ ADAPTERS = [(peer, name) for peer in peers.PEERS for name in peer.adapters]
 @pytest.mark.parametrize(("peer", "name"), ADAPTERS, ids=[f"{p.name}-{n}" for p, n in ADAPTERS])
 def test_an_adapter_passes_what_the_interface_wants(installed, monkeypatch, peer, name):
     monkeypatch.setattr(peers, "on_gpu", lambda arguments: None)
+    stream = types.SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     (case,) = (case for case in CASES if case.name == name)
     shape = PACKED if name.endswith("-packed") else VIDEO
     if peer.name == "sage":

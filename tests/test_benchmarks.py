@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench, gpu, machine, report
+from benchmarks import accuracy, bench, gpu, machine, report
 from benchmarks.baselines import Baseline, baselines
 from benchmarks.cases import CASES, cases_for
-from benchmarks.shapes import SHAPES, SWEEPS
+from benchmarks.shapes import SHAPES, SWEEPS, Shape
 from benchmarks.timing import timed
-from dit_kernels import backends, testing
+from dit_kernels import backends, ops, testing
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,7 +94,8 @@ def only(monkeypatch, *names: str) -> None:
 
 
 def rows_of(cases: list[str], shape: str, dtype: torch.dtype, **options) -> list[bench.Row]:
-    return list(bench.run("cpu", bench.points(cases, [shape], [], "cpu"), dtype, **options))
+    rows = bench.run("cpu", bench.points(cases, [shape], [], "cpu"), dtype, **options)
+    return [row for row in rows if "begun" not in row]
 
 
 def test_a_run_writes_what_it_measured(tmp_path, capsys):
@@ -122,9 +123,7 @@ def test_a_run_writes_what_it_measured(tmp_path, capsys):
 
 def test_a_run_out_of_time_says_what_is_missing(tmp_path, monkeypatch, capsys):
     only(monkeypatch, "eager")
-    monkeypatch.setattr(
-        machine, "ceilings", lambda device: {"copy_gbps": 1.0, "matmul_tflops": 1.0}
-    )
+    monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
     code = bench.main(["gelu", "swiglu", "--seconds", "0", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "ops.json").read_text())
     assert code == 0
@@ -171,6 +170,70 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     assert "ms" not in failed
 
 
+VIDEO = Shape(1, (3, 5, 6), 64, 2, 32, text=4, window=(2, 3, 4))
+MIXED = SWEEPS["packed"].points[8].small()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("attention", VIDEO), ("attention-window", VIDEO), ("attention-packed", MIXED)],
+)
+def test_rows_of_attention_are_held_against_the_oracle(monkeypatch, name, shape):
+    """What is compared of a video, whose N x N scores fit nowhere in float64."""
+    monkeypatch.setattr(accuracy, "ROWS", 24)
+    (case,) = (case for case in CASES if case.name == name)
+    arguments = case.arguments(shape, torch.bfloat16, "cpu", 0)
+    with testing.plain_torch():
+        right = accuracy.compared_rows(arguments, ops.attention3d, backward=True)
+    assert [a.tensor for a in right] == ["out0", "dq", "dk", "dv"]
+    assert all(a.ok and a.allowed > 0 for a in right)
+
+    def without_the_last_key(q, k, v, **options):
+        k = torch.cat((k[:, :-1], k[:, :1]), dim=1)
+        return ops.attention3d(q, k, v, backend="reference", **options)
+
+    wrong = accuracy.compared_rows(arguments, without_the_last_key, backward=True)
+    assert not all(a.ok for a in wrong)
+
+
+def test_rows_tell_a_gradient_of_other_rows():
+    case = next(case for case in CASES if case.name == "attention")
+    shape = Shape(1, (1, 16, 16), 64, 2, 32)
+    arguments = case.arguments(shape, torch.float32, "cpu", 0)
+
+    def leaking(q, k, v):
+        mean = q.mean(1, keepdim=True)
+        return ops.attention3d(q + (mean - mean.detach()), k, v)
+
+    found = {a.tensor: a for a in accuracy.compared_rows(arguments, leaking, backward=True)}
+    assert found["out0"].ok
+    assert not found["dq"].ok
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("gated_adaln", "dit-xl-256", "all"), ("attention", "dit-xl-256", "all"),
+        ("attention", "dit-xl-1024", "all"), ("attention", "wan-1.3b-480p", "rows"),
+        ("attention-window", "wan-1.3b-480p", "rows"), ("gated_adaln", "wan-14b-720p", "small form"),
+    ],
+)  # fmt: skip
+def test_what_is_compared_fits_a_gpu(name, shape, expected):
+    (case,) = (case for case in CASES if case.name == name)
+    assert accuracy.reach(case, SHAPES[shape], "cuda") == expected
+
+
+def test_every_case_of_attention_has_an_oracle_of_rows():
+    """At the sizes of the sweeps, up to 131072 tokens, no other oracle fits."""
+    for case in CASES:
+        if case.op == "attention3d":
+            shape = MIXED if case.name.endswith("-packed") else VIDEO
+            arguments = case.arguments(shape, torch.float32, "cpu", 0)
+            with testing.plain_torch():
+                found = accuracy.compared_rows(arguments, ops.attention3d, backward=False)
+            assert [a.tensor for a in found] == ["out0"]
+
+
 def test_a_wrong_other_is_timed_and_marked(monkeypatch):
     def call(case, arguments):
         return lambda x: torch.nn.functional.gelu(x, approximate="tanh") + 1
@@ -209,19 +272,85 @@ def test_a_kernel_that_fails_to_build_does_not_stop_the_run(monkeypatch, error):
     assert {row["implementation"] for row in others if "ms" in row} == {"eager"}
 
 
+def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
+    """What crashed the process is a failure, what was measured stays, the rest is measured."""
+    only(monkeypatch, "eager")
+    monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
+    arguments = ["gelu", "swiglu", "--shape", "tiny-image", "--out", str(tmp_path)]
+    path, save = tmp_path / "ops.json", bench.save
+
+    class Crash(BaseException):
+        pass
+
+    def crashing(path, result):
+        save(path, result)
+        if result.get("begun", {}).get("case") == "swiglu":
+            raise Crash
+
+    monkeypatch.setattr(bench, "save", crashing)
+    with pytest.raises(Crash):
+        bench.main(arguments)
+    cut_off = json.loads(path.read_text())
+    assert cut_off["begun"]["case"] == "swiglu"
+    assert len(cut_off["rows"]) == 3
+    monkeypatch.setattr(bench, "save", save)
+    bench.main([*arguments, "--shape", "tiny-video", "--resume"])
+    result = json.loads(path.read_text())
+    assert "begun" not in result
+    assert result["rows"][:3] == cut_off["rows"]
+    crashed, *others = result["rows"][3:]
+    assert crashed["case"] == "swiglu"
+    assert "it crashed, hung or was killed" in crashed["failed"]
+    assert {(row["case"], row["shape"]) for row in others} == {
+        ("gelu", "tiny-video"), ("swiglu", "tiny-video")
+    }  # fmt: skip
+    assert "failed" not in str(others)
+
+
+def test_a_lost_context_ends_the_run_and_says_so(tmp_path, monkeypatch, capsys):
+    only(monkeypatch, "eager")
+    monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(bench, "lost", lambda device: True)
+    bench.main(["gelu", "swiglu", "--shape", "tiny-image", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "ops.json").read_text())
+    assert {row["case"] for row in result["rows"]} == {"gelu"}
+    assert (result["unfinished"], result["begun"]) == (1, {})
+    assert "the GPU's context is lost; --resume goes on: 1 not begun" in capsys.readouterr().out
+
+
+def test_what_never_ends_is_ended(tmp_path):
+    """No exception can be raised in a thread that waits for the GPU."""
+    code = (
+        "import threading; from benchmarks.bench import ended_after\n"
+        "with ended_after(0.5, 'cuda'): threading.Event().wait()"
+    )
+    run = subprocess.run(
+        python(code), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode == 1
+    assert "Timeout" in run.stderr
+
+
 def test_compare_shows_what_moved_by_more_than_the_spread(tmp_path):
     key = {
         "case": "adaln", "shape": "s", "implementation": "triton", "direction": "forward", "dtype": "bfloat16"
     }  # fmt: skip
-    model = {"model": "DiT", "mode": "train", "batch": 8, "implementation": "ours"}
+    model = {
+        "model": "DiT", "mode": "train", "measure": "throughput", "batch": 8, "implementation": "ours"
+    }  # fmt: skip
     for name, ms, device in (("a", 1.0, "H100"), ("b", 1.5, "H100"), ("c", 1.01, "H200")):
         rows = [{**k, "ms": ms, "ms_quartiles": [ms - 0.01, ms, ms + 0.01]} for k in (key, model)]
         text = json.dumps({"machine": {"device": device}, "rows": [*rows, {**key, "absent": "no"}]})
         (tmp_path / name).write_text(text)
-    ops, models = bench.compare(tmp_path / "a", tmp_path / "b")
-    assert ops == " +50.0%  1.0000 -> 1.5000 ms  DiT train 8 ours"
-    assert models == " +50.0%  1.0000 -> 1.5000 ms  adaln s triton forward bfloat16"
+    models, ops = bench.compare(tmp_path / "a", tmp_path / "b")
+    assert models == " +50.0%  1.0000 -> 1.5000 ms  DiT train throughput ours 8"
+    assert ops == " +50.0%  1.0000 -> 1.5000 ms  adaln s triton bfloat16 forward"
     assert bench.compare(tmp_path / "a", tmp_path / "c") == ["device: H100 -> H200"]
+    failed = {"machine": {"device": "H100"}, "rows": [{**key, "failed": "RuntimeError: no"}]}
+    (tmp_path / "d").write_text(json.dumps(failed))
+    assert bench.compare(tmp_path / "a", tmp_path / "d") == [
+        "   gone  adaln s triton bfloat16 forward: RuntimeError: no"
+    ]
 
 
 def test_wrong_words_are_one_line_and_exit_code_2(tmp_path, capsys):
@@ -252,6 +381,20 @@ def test_timing_counts_one_call():
     assert timing.columns["timed_by"] == "clock"
     assert timing.columns["ms"] == 1e3 * timing.median
     assert len(calls) == 3 * (2 + 4)
+
+
+def test_outputs_are_kept_to_the_end_of_a_pass():
+    """Else each call would write where the last one did, which is in the cache."""
+    places = []
+
+    def call() -> torch.Tensor:
+        out = torch.empty(1 << 20)
+        places.append(out.data_ptr())
+        return out
+
+    timed([call] * 3, "cpu", seconds=0.0, least=1)
+    for i in range(0, len(places), 3):
+        assert len(set(places[i : i + 3])) == 3
 
 
 def test_make_gpu_runs_dry_without_a_gpu(tmp_path):
