@@ -80,20 +80,31 @@ _TABLE: dict[str, dict[str, tuple[tuple[int, Config, Config], ...]]] = {
         "dq": (
             (64, Config(64, 32, 4, 1), Config(64, 32, 4, 1)),
             (128, Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
-            (256, Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+            (256, Config(64, 16, 4, 1), Config(64, 16, 4, 1)),
         ),
         "dkdv": (
             (64, Config(32, 64, 4, 1), Config(32, 64, 4, 1)),
+            (96, Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
+            (
+                112,
+                Config(32, 64, 4, 1),
+                Config(16, 64, 4, 1),
+            ),  # 112 = 64 + 32 + 16 takes more than 128
             (128, Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
-            (256, Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+            (256, Config(16, 64, 4, 1), Config(16, 32, 4, 1)),
         ),
     },
 }
 _TABLE["sm_100"] = {
-    **_TABLE["sm_90"],
     "fwd": (
         (64, Config(128, 128, 8, 3), Config(128, 64, 8, 2)),
-        (256, Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
+        (128, Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+        (256, Config(128, 32, 8, 2), Config(128, 16, 8, 2)),
+    ),
+    "dq": _TABLE["sm_90"]["dq"],
+    "dkdv": (
+        *_TABLE["sm_90"]["dkdv"][:-1],
+        (256, Config(16, 64, 8, 2), Config(32, 64, 8, 2)),
     ),
 }
 # (architecture, kernel) -> head dims and tiles for causal_time without a window: its mask takes registers too
