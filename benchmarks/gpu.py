@@ -4,15 +4,19 @@
 
 Needs torch, triton and pytest; nvcc, cmake, ninja and pybind11 for the build. Stages share the seconds in
 proportion to their weights: what one leaves over the later ones get, and stages that are picked by name get
-all. Each writes its results and its log as it goes and cannot stop the next. At most eight files are written,
-to $OUT or to benchmarks/results/<device>; a summary comes last. Set COMMIT where the tree is a copy without
-its history: results name the commit they are of.
+all. Each writes its results and its log as it goes and cannot stop the next. One that is over its time gets a
+Ctrl-C, so that pytest says what failed, and is then killed with all that it started. A benchmark that a kernel
+crashed or hung is begun again behind that kernel. At most eight files are written, to $OUT or to
+benchmarks/results/<device>; a summary comes last. Set COMMIT where the tree is a copy without its history:
+results name the commit they are of.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -34,6 +38,9 @@ WHEELS = ROOT / "peers"
 SITE = WHEELS / "site"
 # measures tiles of the Triton kernels; where DIT_KERNELS_TUNED says, for it and for the stages after it
 TUNER = "benchmarks.tune"
+# of a stage's time: what is begun until then mostly ends in time
+SHARE = 0.85
+GRACE = 10  # seconds at most for what is interrupted to say where it was
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Stage:
         command: {out}, {seconds} and {target} in it are filled in.
         missing: why it can't run here, or None.
         environment: what is set for it.
+        result: the file of a benchmark, which says whether a measurement ended the process.
     """
 
     name: str
@@ -51,6 +59,7 @@ class Stage:
     weight: int
     missing: Callable[[], str | None] = lambda: None
     environment: dict[str, str] = field(default_factory=dict)
+    result: str = ""
 
 
 def no_gpu() -> str | None:
@@ -83,6 +92,14 @@ def no_tuner() -> str | None:
     return no_gpu() or (None if importlib.util.find_spec(TUNER) else f"there is no {TUNER}")
 
 
+def arch() -> str:
+    """The same for nvcc: wgmma and TMA are in sm_90a only."""
+    if not torch.cuda.is_available():
+        return "90a"
+    major, minor = torch.cuda.get_device_capability(0)
+    return f"{major}{minor}" + ("a" if major == 9 else "")
+
+
 def target() -> str:
     """What the audit calls the machine code of this GPU."""
     if not torch.cuda.is_available():
@@ -92,10 +109,11 @@ def target() -> str:
     return architecture(torch.device("cuda", 0))
 
 
-def _bench(*arguments: str) -> tuple[str, ...]:
-    return (
-        sys.executable, "-m", "benchmarks.bench", *arguments, "--out", "{out}", "--seconds", "{seconds}",
-    )  # fmt: skip
+def _bench(name: str, weight: int, *arguments: str) -> Stage:
+    command = (sys.executable, "-m", "benchmarks.bench", *arguments, "--out", "{out}")
+    result = arguments[arguments.index("--name") + 1] if "--name" in arguments else name
+    options = ("--seconds", "{seconds}")
+    return Stage(name, (*command, *options), weight, no_gpu, result=f"{result}.json")
 
 
 def _sanitizer(tool: str) -> Stage:
@@ -112,15 +130,25 @@ def _sanitizer(tool: str) -> Stage:
     )  # fmt: skip
 
 
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-ra")
+def _audit() -> tuple[str, ...]:
+    """The machine code of this GPU, by Triton and by nvcc; the CUDA table needs the build."""
+    python = f"{sys.executable} -m benchmarks"
+    return ("sh", "-c", f"{python}.audit --target {{target}}; code=$?; "
+            f"{python}.audit_cuda --archs {{arch}} && exit $code")  # fmt: skip
+
+
+# names as they are begun: the last one is what hung
+PYTEST = (sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-ra")
 # most of the tests' time is Triton's compiler, one core a process
-PARALLEL = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+WORKERS = str(min(12, os.cpu_count() or 1))
+PARALLEL = ("-n", WORKERS) if importlib.util.find_spec("xdist") else ()
 # a build that skips the extension ends well too: what counts is that it can be imported
 BUILD = (
-    f"{sys.executable} setup.py build_ext --inplace && {sys.executable} -c 'import dit_kernels._C'"
+    f"{sys.executable} setup.py build_ext --inplace && {sys.executable} -c"
+    " 'import dit_kernels._C as built; print(built.__file__)'"
 )
 SHAPES = ("--shape", "dit-xl-256", "--shape", "dit-xl-1024", "--shape", "wan-1.3b-480p")
-OWN_STAGE = ("adaln", "attention3d", "qk_norm_rope")
+OWN_STAGE = ("adaln", "attention3d")
 REST = tuple(op for op in backends.TABLE if op not in OWN_STAGE)
 STAGES = (
     Stage(
@@ -129,19 +157,24 @@ STAGES = (
         10,
         no_wheels,
     ),
-    Stage("build", ("sh", "-c", BUILD), 80, no_build),
-    Stage("test", (*PYTEST, *PARALLEL, "tests/gpu"), 110, no_gpu),
+    Stage("build", ("sh", "-c", BUILD), 100, no_build),
+    Stage("test", (*PYTEST, *PARALLEL, "tests/gpu"), 100, no_gpu, {"OMP_NUM_THREADS": "1"}),
     _sanitizer("memcheck"),
     _sanitizer("racecheck"),
-    Stage("audit", (sys.executable, "-m", "benchmarks.audit", "--target", "{target}"), 25, no_gpu),
+    Stage("audit", _audit(), 30, no_gpu),
     Stage("tune", (sys.executable, "-m", TUNER, "--seconds", "{seconds}"), 30, no_tuner),
-    Stage("bench-adaln", _bench("adaln", "--name", "adaln", *SHAPES), 60, no_gpu),
-    Stage("bench-attention", _bench("attention3d", "--name", "attention", *SHAPES), 70, no_gpu),
-    Stage("bench-qk", _bench("qk_norm_rope", "--name", "qk_norm_rope", *SHAPES), 20, no_gpu),
-    Stage("bench-rest", _bench(*REST, "--name", "rest", *SHAPES), 40, no_gpu),
-    Stage("sweeps", _bench("--sweep", "all", "--name", "sweeps"), 40, no_gpu),
-    Stage("models", _bench("models"), 60, no_gpu),
-)  # fmt: skip
+    Stage(
+        "compile",
+        (sys.executable, "-m", "benchmarks.warm", *SHAPES, "--seconds", "{seconds}"),
+        50,
+        no_gpu,
+    ),
+    _bench("bench-adaln", 50, "adaln", "--name", "adaln", *SHAPES),
+    _bench("bench-attention", 50, "attention3d", "--name", "attention", *SHAPES),
+    _bench("bench-rest", 50, *REST, "--name", "rest", *SHAPES),
+    _bench("sweeps", 35, "--sweep", "all", "--name", "sweeps"),
+    _bench("models", 50, "models"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,8 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no stage {sorted(unknown)[0]!r}; there are {' '.join(names)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    default = ROOT / "benchmarks" / "results" / machine.folder(device)
-    out = Path(os.environ.get("OUT") or default)
+    out = Path(os.environ.get("OUT") or machine.results(device))
     out.mkdir(parents=True, exist_ok=True)
     log = out / "gpu.log"
     log.write_text("")
@@ -186,34 +218,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(stage: Stage, out: Path, log: Path, limit: float) -> str:
-    # the benchmarks stop by themselves before they are stopped, so that their last row is whole
-    filled = {"out": str(out), "seconds": f"{max(1.0, 0.85 * limit - 5):.0f}", "target": target()}
-    command = [word.format(**filled) for word in stage.command]
     paths = (str(ROOT), str(SITE) if SITE.is_dir() else "", os.environ.get("PYTHONPATH", ""))
     environment = {
         "DIT_KERNELS_TUNED": str(out / "tuned.json"), **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", **stage.environment,
     }  # fmt: skip
     start = time.monotonic()
+    first = log.stat().st_size
+    more: tuple[str, ...] = ()
+    while True:
+        left = limit - (time.monotonic() - start)
+        # the benchmarks stop by themselves before they are stopped, so that their last row is whole
+        filled = {
+            "out": str(out), "seconds": f"{max(1.0, SHARE * left - 3):.0f}",
+            "target": target(), "arch": arch(),
+        }  # fmt: skip
+        command = [word.format(**filled) for word in (*stage.command, *more)]
+        code = _ended(command, environment, log, left)
+        for leftover in (*out.glob("*.part"), *out.glob("tuned.json.*")):
+            leftover.unlink()  # of a process that was killed while it wrote
+        left = limit - (time.monotonic() - start)
+        if left < 2 * GRACE or not _cut_off(out / stage.result if stage.result else None):
+            break
+        more = ("--resume",)
+    seconds = time.monotonic() - start
+    tail = log.read_bytes()[first:].decode(errors="replace").strip().splitlines()
+    print("\n".join(f"    {line[:200]}" for line in tail[-25:]))
+    state = "ok" if code == 0 else f"FAILED ({code})"
+    return f"{state} in {seconds:.0f} s: {tail[-1].strip('= ')[:100]}"
+
+
+def _ended(
+    command: Sequence[str], environment: dict[str, str], log: Path, limit: float
+) -> int | str:
+    """Its exit code, or that it took too long; with it ends what it started, also when we are interrupted."""
+    grace = min(GRACE, 0.1 * limit)
     with log.open("a") as file:
         file.write(f"\n$ {' '.join(command)}\n")
         file.flush()
-        first = file.tell()
         # a session of its own, so that what it started ends with it
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         try:
-            code: int | str = process.wait(timeout=limit)
+            return process.wait(timeout=limit - grace)
         except subprocess.TimeoutExpired:
-            code = f"over its {limit:.0f} s"
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    seconds = time.monotonic() - start
-    tail = log.read_bytes()[first:].decode(errors="replace").strip().splitlines()
-    print("\n".join(f"    {line}" for line in tail[-25:]))
-    return f"{'ok' if code == 0 else f'FAILED ({code})'} in {seconds:.0f} s"
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGINT)
+                process.wait(timeout=grace)
+            return f"over its {limit:.0f} s"
+        finally:
+            # a process in a hung kernel may outlive its kill for a while: the next stage doesn't wait
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(timeout=GRACE)
+
+
+def _cut_off(result: Path | None) -> bool:
+    """Whether a measurement ended the process, or left a GPU on which no other can run."""
+    return bool(result and result.is_file() and "begun" in json.loads(result.read_text()))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -478,16 +480,89 @@ def test_a_stage_has_a_time_limit_and_does_not_stop_the_next(tmp_path, monkeypat
     assert "broken           FAILED (3)" in printed
     assert "fine             ok in" in printed
     log = (tmp_path / "gpu.log").read_text()
-    assert int(log.split("all is well ")[-1].split()[0]) > 15  # of 33 s
-    assert log.rstrip().splitlines()[-1].startswith("fine             ok in")
+    seconds = log.split("all is well ")[-1].split()[0]
+    assert int(seconds) > 15  # of 33 s
+    last = log.rstrip().splitlines()[-1]
+    assert last.startswith("fine             ok in")
+    assert last.endswith(f"s: all is well {seconds}")
     asleep = subprocess.run(["pgrep", "-f", "time.sleep(600)"], capture_output=True, text=True)
     assert not asleep.stdout
+
+
+def test_one_that_is_over_its_time_says_what_failed_before(tmp_path):
+    """pytest prints failures at its end: a kill alone would lose them."""
+    tests = tmp_path / "test_it.py"
+    tests.write_text("import time\ndef test_a(): assert 1 == 7\ndef test_b(): time.sleep(600)\n")
+    log = tmp_path / "log"
+    log.touch()
+    command = (*gpu.PYTEST, "-c", os.devnull, "--rootdir", str(tmp_path), str(tests))
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    assert gpu._ended(command, environment, log, 12.0) == "over its 12 s"
+    assert "assert 1 == 7" in log.read_text()
+    assert "1 failed" in log.read_text()
+
+
+STAGE = """
+import json, pathlib, sys, time
+result = pathlib.Path(sys.argv[1]) / "one.json"
+result.with_suffix(".part").touch()
+if "--resume" in sys.argv:
+    result.write_text(json.dumps(dict(rows=[1, 2])))
+    print("all there")
+else:
+    result.write_text(json.dumps(dict(rows=[1], begun=dict(case="adaln"))))
+    sys.exit(1)
+"""
+
+
+def test_a_benchmark_that_was_cut_off_is_begun_again(tmp_path, monkeypatch, capsys):
+    command = (*python(STAGE), "{out}")
+    monkeypatch.setattr(gpu, "STAGES", (gpu.Stage("one", command, 1, result="one.json"),))
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main(["--seconds", "60"]) == 0
+    assert "ok in" in (printed := capsys.readouterr().out)
+    assert printed.rstrip().endswith("s: all there")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.log", "one.json"]
+
+
+def test_an_interrupted_make_gpu_leaves_nothing_running(tmp_path):
+    code = (
+        "import sys; from benchmarks import gpu\n"
+        "inner = 'import os, time; print(\"pid\", os.getpid()); time.sleep(600)'\n"
+        "gpu.STAGES = (gpu.Stage('slow', (sys.executable, '-c', inner), 1),)\n"
+        "gpu.main([])"
+    )
+    process = subprocess.Popen(
+        python(code), cwd=ROOT, env={**os.environ, "OUT": str(tmp_path)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    log = tmp_path / "gpu.log"
+    deadline = time.monotonic() + 60
+    while not (log.is_file() and "\npid " in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    pid = int(log.read_text().split("\npid ")[1].split()[0])
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_stages_write_eight_files_at_most():
     """The log, the tuned tiles, and one JSON a benchmark."""
     writers = [stage for stage in gpu.STAGES if any("{out}" in word for word in stage.command)]
     assert 2 + len(writers) <= 8
+
+
+def test_a_benchmark_s_file_is_the_one_that_is_looked_into():
+    for stage in gpu.STAGES:
+        if "benchmarks.bench" in stage.command:
+            parser = [
+                word
+                for word in stage.command
+                if word in ("adaln", "attention", "rest", "sweeps", "models")
+            ]
+            assert stage.result.removesuffix(".json") in parser
 
 
 def test_stages_share_the_tuned_tiles_and_the_path(tmp_path, monkeypatch, capsys):
@@ -503,7 +578,12 @@ def test_the_audit_is_of_a_target_it_has():
     from benchmarks import offline
 
     assert gpu.target() in offline.TARGETS
-    assert any("{target}" in stage.command for stage in gpu.STAGES if stage.name == "audit")
+    from benchmarks import audit_cuda
+
+    assert gpu.arch() in audit_cuda.ARCHS
+    (audit,) = (stage for stage in gpu.STAGES if stage.name == "audit")
+    assert "benchmarks.audit --target {target}" in audit.command[-1]
+    assert "benchmarks.audit_cuda --archs {arch}" in audit.command[-1]
 
 
 def test_every_op_has_a_stage():
