@@ -1,20 +1,17 @@
 // Python's view of the launchers; the only file that knows pybind11, and none knows torch.
 //
-// A tensor comes as the Python object: its address is read by name, its sizes and strides where asked for.
+// Launchers are functions of positional arguments alone, read by arguments.h: a call shall cost the host little.
 // In the emulated build every tensor of a call is declared to the emulator, which lets the kernels touch
 // nothing else and fills outputs with NaN.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+
+#include "arguments.h"
 
 #include <algorithm>
-#include <array>
 #include <cstdlib>
-#include <string>
-#include <vector>
 
 #include "adaln.h"
 #include "column_sums.h"
-#include "common.cuh"
 #include "feed_forward.h"
 #include "final_layer.h"
 #include "patch_embed.h"
@@ -23,47 +20,18 @@
 
 namespace py = pybind11;
 
+using namespace dk;
+
 namespace {
 
-struct Tensor {
-  py::handle object;  // null for None
-  void* data = nullptr;
-
-  bool given() const { return object.ptr() != nullptr; }
-  int64_t dim() const { return py::len(object.attr("shape")); }
-  int64_t size(int64_t axis) const { return at("size", axis); }
-  int64_t stride(int64_t axis) const { return at("stride", axis); }
-  int64_t bytes_of_element() const { return call("element_size"); }
-  dk::DType dtype() const {
-    static const auto* const known = new std::vector<std::pair<py::object, dk::DType>>{
-        {py::module_::import("torch").attr("float32"), dk::DType::float32},
-        {py::module_::import("torch").attr("float16"), dk::DType::float16},
-        {py::module_::import("torch").attr("bfloat16"), dk::DType::bfloat16}};
-    if (!given()) return dk::DType::float32;
-    const py::object mine = object.attr("dtype");
-    for (const auto& [name, dtype] : *known)
-      if (mine.is(name)) return dtype;
-    throw py::type_error("the kernels take float32, float16 and bfloat16; got " + describe());
-  }
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(data);
-  }
-  std::string describe() const {
-    if (!given()) return "None";
-    return py::str(object.attr("dtype")).cast<std::string>() + " " +
-           py::str(py::list(object.attr("shape"))).cast<std::string>();
-  }
-
- private:
-  int64_t call(const char* name) const { return object.attr(name)().cast<int64_t>(); }
-  int64_t at(const char* name, int64_t axis) const { return object.attr(name)(axis).cast<int64_t>(); }
-};
-
-struct Input : Tensor {};
-struct Output : Tensor {};
+using python::Input;
+using python::Output;
+using python::Plan;
+using python::Tensor;
 
 #ifdef DK_EMULATED
+constexpr int kDevice = python::kCpu;
+
 void declare(const Tensor& tensor, bool writable) {
   if (!tensor.given() || emulator::recording()) return;
   int64_t last = 0, elements = 1;
@@ -72,7 +40,7 @@ void declare(const Tensor& tensor, bool writable) {
     last += (tensor.size(axis) - 1) * tensor.stride(axis);
   }
   if (elements == 0) return;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.data);
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.data());
   const auto end = begin + uintptr_t((last + 1) * tensor.bytes_of_element());
   emulator::declare_buffer({begin, end, writable, (writable ? "an output " : "an input ") + tensor.describe()});
 }
@@ -86,6 +54,8 @@ class OnDevice {
 };
 void settle(cudaStream_t) {}
 #else
+constexpr int kDevice = python::kGpu;
+
 void declare(const Tensor&, bool) {}
 struct Call {};
 using dk::OnDevice;
@@ -101,19 +71,11 @@ void settle(cudaStream_t stream) {
 #endif
 
 template <typename T>
-bool load_tensor(T& tensor, py::handle source) {
-  if (source.is_none()) return true;
-  static PyObject* const name = PyUnicode_InternFromString("data_ptr");
-  PyObject* address = PyObject_CallMethodNoArgs(source.ptr(), name);
-  if (!address) {
-    PyErr_Clear();
-    return false;
+void prepare(const T& argument) {
+  if constexpr (std::is_base_of_v<Tensor, T>) declare(argument, std::is_same_v<T, Output>);
+  if constexpr (std::is_same_v<T, std::vector<Output>>) {
+    for (const Output& output : argument) declare(output, true);
   }
-  tensor.object = source;
-  tensor.data = PyLong_AsVoidPtr(address);
-  Py_DECREF(address);
-  declare(tensor, std::is_same_v<T, Output>);
-  return true;
 }
 
 template <typename T>
@@ -124,41 +86,43 @@ std::string described(const T& argument) {
 
 // module.name(device, stream, arguments...): the launcher's error with the shapes of the call
 template <typename... Arguments>
-void define(py::module_& module, const char* name, void (*function)(cudaStream_t, Arguments...)) {
-  module.def(
-      name,
-      [name, function](int device, intptr_t stream, Arguments... arguments) {
-        try {
-          OnDevice current(device);
-          function(reinterpret_cast<cudaStream_t>(stream), arguments...);
-          settle(reinterpret_cast<cudaStream_t>(stream));
-        } catch (const std::exception& error) {
-          std::string message = std::string(name) + ": " + error.what() + "; called with";
-          for (const std::string& text : {described(arguments)...})
-            if (!text.empty()) message += " " + text + ",";
-          message.pop_back();
-          throw std::runtime_error(message);
-        }
-      },
-      py::call_guard<Call>());
+void define(PyObject* module, const char* name, void (*launcher)(cudaStream_t, Arguments...)) {
+  struct State {
+    const char* name;
+    void (*launcher)(cudaStream_t, Arguments...);
+  };
+  const python::Function call = [](PyObject* self, PyObject* const* given, Py_ssize_t count) {
+    return python::guarded([&]() -> PyObject* {
+      using namespace python;
+      const State& state = state_of<State>(self);
+      check_count(state.name, 2 + sizeof...(Arguments), count);
+      const int device = number<int>(given[0]);
+      const auto stream = reinterpret_cast<cudaStream_t>(number<intptr_t>(given[1]));
+      auto arguments = arguments_of<std::decay_t<Arguments>...>(state.name, given, 2, std::index_sequence_for<Arguments...>{});
+      [[maybe_unused]] const Call guard;
+      try {
+        std::apply([](const auto&... each) { (prepare(each), ...); }, arguments);
+        OnDevice current(device);
+        std::apply([&](auto&... each) { state.launcher(stream, each...); }, arguments);
+        settle(stream);
+      } catch (const std::exception& error) {
+        std::string message = std::string(state.name) + ": " + error.what() + "; called with";
+        std::apply(
+            [&](const auto&... each) {
+              for (const std::string& text : {described(each)...})
+                if (!text.empty()) message += " " + text + ",";
+            },
+            arguments);
+        message.pop_back();
+        throw std::runtime_error(message);
+      }
+      return Py_NewRef(Py_None);
+    });
+  };
+  python::add_function(module, name, call, new State{name, launcher});
 }
 
 }  // namespace
-
-namespace pybind11::detail {
-template <>
-struct type_caster<Input> {
-  PYBIND11_TYPE_CASTER(Input, const_name("torch.Tensor | None"));
-  bool load(handle source, bool) { return load_tensor(value, source); }
-};
-template <>
-struct type_caster<Output> {
-  PYBIND11_TYPE_CASTER(Output, const_name("torch.Tensor | None"));
-  bool load(handle source, bool) { return load_tensor(value, source); }
-};
-}  // namespace pybind11::detail
-
-using namespace dk;
 
 // --- adaln: what a call is but for its addresses comes as tuples of numbers, once for many calls
 
@@ -257,20 +221,20 @@ QkNormRope qk_norm_rope_plan(const std::array<int, 5>& form, double eps, const s
 
 void set_parameters(QkNormRope& call, const Input& q, const Input& k, const Input& q_weight, const Input& q_bias,
                     const Input& k_weight, const Input& k_bias, const Input& cos, const Input& sin) {
-  call.sides[0].x.data = q.data;
-  call.sides[1].x.data = k.data;
-  call.sides[0].weight.data = q_weight.data;
-  call.sides[0].bias.data = q_bias.data;
-  call.sides[1].weight.data = k_weight.data;
-  call.sides[1].bias.data = k_bias.data;
-  call.angles.cos = cos.data;
-  call.angles.sin = sin.data;
+  call.sides[0].x.data = q.data();
+  call.sides[1].x.data = k.data();
+  call.sides[0].weight.data = q_weight.data();
+  call.sides[0].bias.data = q_bias.data();
+  call.sides[1].weight.data = k_weight.data();
+  call.sides[1].bias.data = k_bias.data();
+  call.angles.cos = cos.data();
+  call.angles.sin = sin.data();
 }
 
 void set_gradients(QkNormRope& call, const Input& dq, const Input& dk, const Input& q_mean, const Input& q_rstd,
                    const Input& k_mean, const Input& k_rstd) {
-  call.sides[0].dy.data = dq.data;
-  call.sides[1].dy.data = dk.data;
+  call.sides[0].dy.data = dq.data();
+  call.sides[1].dy.data = dk.data();
   call.sides[0].mean = q_mean.as<float>();
   call.sides[0].rstd = q_rstd.as<float>();
   call.sides[1].mean = k_mean.as<float>();
@@ -281,131 +245,149 @@ void set_gradients(QkNormRope& call, const Input& dq, const Input& dk, const Inp
 
 namespace {
 
-// --- patch_embed
+// --- what follows from the tensors' sizes and strides
 
 using Axes = std::array<int32_t, 3>;
 
-PatchEmbed patch_embed_of(int64_t samples, const Axes& grid, const Axes& patch, int32_t in_channels, int32_t channels) {
+void copy_strides(const Tensor& from, int64_t* to) { std::copy_n(from.strides(), from.dim(), to); }
+
+void check_dim(const Tensor& tensor, const char* name, int64_t dim) {
+  if (tensor.dim() == dim) return;
+  throw std::invalid_argument(std::string(name) + " has " + std::to_string(dim) + " axes; got " + tensor.describe());
+}
+
+// The video and the weight give the sizes, the tokens their strides; no gradient of a video is a weight's.
+PatchEmbed patch_embed_of(const Tensor& video, const Tensor& weight, const Tensor& tokens) {
+  check_dim(video, "video", 5);
+  check_dim(weight, "weight", 5);
+  check_dim(tokens, "tokens", 3);
   PatchEmbed call{};
-  call.samples = samples;
-  std::copy(grid.begin(), grid.end(), call.grid);
-  std::copy(patch.begin(), patch.end(), call.patch);
-  call.in_channels = in_channels;
-  call.channels = channels;
+  call.samples = video.size(0);
+  call.in_channels = static_cast<int32_t>(video.size(1));
+  call.channels = static_cast<int32_t>(weight.size(0));
+  for (int axis = 0; axis < 3; ++axis) {
+    call.patch[axis] = static_cast<int32_t>(weight.size(2 + axis));
+    if (call.patch[axis] <= 0) throw std::invalid_argument("weight is of no pixels: " + weight.describe());
+    call.grid[axis] = static_cast<int32_t>(video.size(2 + axis) / call.patch[axis]);
+  }
+  call.video = video.data();
+  call.video_dtype = video.dtype();
+  copy_strides(video, call.video_strides);
+  call.tokens = tokens.data();
+  call.token_dtype = tokens.dtype();
+  copy_strides(tokens, call.token_strides);
   return call;
 }
-
-void set_video(PatchEmbed& call, const Tensor& video, const std::array<int64_t, 5>& strides) {
-  call.video = video.data;
-  std::copy(strides.begin(), strides.end(), call.video_strides);
-  call.video_dtype = video.dtype();
-}
-
-void set_tokens(PatchEmbed& call, const Tensor& tokens, const std::array<int64_t, 3>& strides) {
-  call.tokens = tokens.data;
-  std::copy(strides.begin(), strides.end(), call.token_strides);
-  call.token_dtype = tokens.dtype();
-}
-
-}  // namespace
-
-namespace {
 
 // --- final_layer
 
-FinalLayer final_layer_of(int64_t samples, const Axes& grid, const Axes& patch, int32_t channels,
-                          const std::array<int32_t, 4>& steps, int32_t width, int norm, double eps,
-                          const std::array<int64_t, 4>& x, const std::array<int64_t, 6>& shift,
-                          const std::array<int64_t, 6>& scale, const std::array<int64_t, 5>& video_strides) {
+// [B, C] or [B, G, C]
+ModulationRows rows_of(const Tensor& m, int64_t samples, int64_t tokens) {
+  if (!m.given()) return {nullptr, 0, 0, 0, 1, false, DType::float32};
+  const bool groups = m.dim() == 3;
+  return {m.data(), samples > 1 ? m.stride(0) : 0, groups && m.size(1) > 1 ? m.stride(1) : 0, m.stride(-1),
+          static_cast<int32_t>(groups ? tokens / std::max<int64_t>(1, m.size(1)) : tokens), false, m.dtype()};
+}
+
+FinalLayer final_layer_of(const Axes& grid, const Axes& patch, int32_t channels, const std::array<int32_t, 4>& steps,
+                          int norm, double eps, const Tensor& x, const Tensor& shift, const Tensor& scale,
+                          const Tensor& weight, const Tensor& video, const Tensor& mean, const Tensor& rstd) {
+  check_dim(x, "x", 3);
+  check_dim(video, "video", 5);
   FinalLayer call{};
-  call.samples = samples;
+  call.samples = x.size(0);
+  call.width = static_cast<int32_t>(x.size(2));
   std::copy(grid.begin(), grid.end(), call.grid);
   std::copy(patch.begin(), patch.end(), call.patch);
   std::copy(steps.begin(), steps.end(), call.steps);
-  std::copy(video_strides.begin(), video_strides.end(), call.video_strides);
   call.channels = channels;
-  call.width = width;
   call.norm = Norm(norm);
   call.eps = static_cast<float>(eps);
-  call.x = tokens_of(x);
-  call.shift = rows_of(shift);
-  call.scale = rows_of(scale);
+  const auto stride = [&](int axis, int64_t one) { return x.size(axis) > 1 ? x.stride(axis) : one; };
+  call.x = {x.data(), stride(0, 0), stride(1, 0), stride(2, 1), x.dtype()};
+  call.shift = rows_of(shift, x.size(0), x.size(1));
+  call.scale = rows_of(scale, x.size(0), x.size(1));
+  call.weight = {weight.data(), weight.dtype()};
+  call.video = video.data();
+  call.video_dtype = video.dtype();
+  copy_strides(video, call.video_strides);
+  call.mean = mean.as<float>();
+  call.rstd = rstd.as<float>();
   return call;
 }
 
-void set_operands(FinalLayer& call, const Input& x, const Input& shift, const Input& scale, const Input& weight,
-                  const Tensor& video, const Tensor& mean, const Tensor& rstd) {
-  call.x.data = x.data;
-  call.shift.data = shift.data;
-  call.scale.data = scale.data;
-  call.weight = {weight.data, weight.dtype()};
-  call.video = video.data;
-  call.video_dtype = video.dtype();
-  call.mean = mean.as<float>();
-  call.rstd = rstd.as<float>();
+#ifdef DK_EMULATED
+py::list recorded() {
+  py::list result;
+  for (const auto& l : emulator::recorded()) {
+    result.append(py::make_tuple(l.kernel, py::make_tuple(l.grid.x, l.grid.y, l.grid.z),
+                                 py::make_tuple(l.block.x, l.block.y, l.block.z), l.shared_bytes));
+  }
+  return result;
 }
+#endif
 
 }  // namespace
 
 PYBIND11_MODULE(DK_MODULE, module) {
-  define(module, "add_rows",
+  PyObject* const extension = module.ptr();
+  define(extension, "add_rows",
          +[](cudaStream_t stream, Input sums, Output out, int64_t groups, int64_t rows, int64_t columns) {
-           add_rows(sums.as<float>(), out.data, groups, rows, columns, out.dtype(), stream);
+           add_rows(sums.as<float>(), out.data(), groups, rows, columns, out.dtype(), stream);
          });
 
-  // module_local: a process may load both modules
-  py::class_<AdalnForward>(module, "AdalnForward", py::module_local()).def(py::init(&adaln_forward_plan));
-  define(module, "adaln_forward",
-         +[](cudaStream_t stream, const AdalnForward& plan, Input residual, Input x, Input gate, Input shift,
+  python::define_plan(extension, "AdalnForward", &adaln_forward_plan);
+  define(extension, "adaln_forward",
+         +[](cudaStream_t stream, Plan<AdalnForward> plan, Input residual, Input x, Input gate, Input shift,
              Input scale, Input shift2, Input scale2, Input gate_table, Input branch_weight, Input shift_table,
              Input scale_table, Input weight, Input bias, Input row_index, Output out, Output y, Output y2,
              Output branch_rstd, Output mean, Output rstd) {
-           AdalnForward call = plan;
-           call.residual.data = residual.data;
-           call.x.data = x.data;
-           call.gate.data = gate.data;
-           call.shift.data = shift.data;
-           call.scale.data = scale.data;
-           call.shift2.data = shift2.data;
-           call.scale2.data = scale2.data;
-           call.gate_table.data = gate_table.data;
-           call.branch_weight.data = branch_weight.data;
-           call.shift_table.data = shift_table.data;
-           call.scale_table.data = scale_table.data;
-           call.weight.data = weight.data;
-           call.bias.data = bias.data;
+           AdalnForward call = *plan.value;
+           call.residual.data = residual.data();
+           call.x.data = x.data();
+           call.gate.data = gate.data();
+           call.shift.data = shift.data();
+           call.scale.data = scale.data();
+           call.shift2.data = shift2.data();
+           call.scale2.data = scale2.data();
+           call.gate_table.data = gate_table.data();
+           call.branch_weight.data = branch_weight.data();
+           call.shift_table.data = shift_table.data();
+           call.scale_table.data = scale_table.data();
+           call.weight.data = weight.data();
+           call.bias.data = bias.data();
            call.row_index = row_index.as<int32_t>();
-           call.out = out.data;
-           call.y = y.data;
-           call.y2 = y2.data;
+           call.out = out.data();
+           call.y = y.data();
+           call.y2 = y2.data();
            call.branch_rstd = branch_rstd.as<float>();
            call.mean = mean.as<float>();
            call.rstd = rstd.as<float>();
            adaln_forward(call, stream);
          });
-  py::class_<AdalnBackward>(module, "AdalnBackward", py::module_local()).def(py::init(&adaln_backward_plan));
-  define(module, "adaln_backward",
-         +[](cudaStream_t stream, const AdalnBackward& plan, Input dout, Input dy, Input dy2, Input x, Input branch,
+  python::define_plan(extension, "AdalnBackward", &adaln_backward_plan);
+  define(extension, "adaln_backward",
+         +[](cudaStream_t stream, Plan<AdalnBackward> plan, Input dout, Input dy, Input dy2, Input x, Input branch,
              Input gate, Input scale, Input scale2, Input gate_table, Input branch_weight, Input scale_table,
              Input weight, Input bias, Input row_index, Input branch_rstd, Input mean, Input rstd, Input order,
              Input begin, Input end, Output dresidual, Output dbranch, Output dgate, Output dshift, Output dscale,
              Output dshift2, Output dscale2, Output gate_sums, Output shift_sums, Output scale_sums,
              Output shift2_sums, Output scale2_sums, Output branch_weight_sums, Output weight_sums,
              Output bias_sums) {
-           AdalnBackward call = plan;
-           call.dout.data = dout.data;
-           call.dy.data = dy.data;
-           call.dy2.data = dy2.data;
-           call.x.data = x.data;
-           call.branch.data = branch.data;
-           call.gate.data = gate.data;
-           call.scale.data = scale.data;
-           call.scale2.data = scale2.data;
-           call.gate_table.data = gate_table.data;
-           call.branch_weight.data = branch_weight.data;
-           call.scale_table.data = scale_table.data;
-           call.weight.data = weight.data;
-           call.bias.data = bias.data;
+           AdalnBackward call = *plan.value;
+           call.dout.data = dout.data();
+           call.dy.data = dy.data();
+           call.dy2.data = dy2.data();
+           call.x.data = x.data();
+           call.branch.data = branch.data();
+           call.gate.data = gate.data();
+           call.scale.data = scale.data();
+           call.scale2.data = scale2.data();
+           call.gate_table.data = gate_table.data();
+           call.branch_weight.data = branch_weight.data();
+           call.scale_table.data = scale_table.data();
+           call.weight.data = weight.data();
+           call.bias.data = bias.data();
            call.row_index = row_index.as<int32_t>();
            call.branch_rstd = branch_rstd.as<float>();
            call.mean = mean.as<float>();
@@ -413,20 +395,20 @@ PYBIND11_MODULE(DK_MODULE, module) {
            call.order = order.as<int64_t>();
            call.begin = begin.as<int32_t>();
            call.end = end.as<int32_t>();
-           call.dresidual.data = dresidual.data;
-           call.dbranch.data = dbranch.data;
-           call.dgate.data = dgate.data;
-           call.dshift.data = dshift.data;
-           call.dscale.data = dscale.data;
-           call.dshift2.data = dshift2.data;
-           call.dscale2.data = dscale2.data;
+           call.dresidual.data = dresidual.data();
+           call.dbranch.data = dbranch.data();
+           call.dgate.data = dgate.data();
+           call.dshift.data = dshift.data();
+           call.dscale.data = dscale.data();
+           call.dshift2.data = dshift2.data();
+           call.dscale2.data = dscale2.data();
            const Output* const sums[] = {&gate_sums,   &shift_sums,         &scale_sums,  &shift2_sums,
                                          &scale2_sums, &branch_weight_sums, &weight_sums, &bias_sums};
-           for (int i = 0; i < 8; ++i) call.sums[i].data = sums[i]->data;
+           for (int i = 0; i < 8; ++i) call.sums[i].data = sums[i]->data();
            adaln_backward(call, stream);
          });
   // items: which of the sums, groups, blocks a group
-  define(module, "adaln_backward_sums",
+  define(extension, "adaln_backward_sums",
          +[](cudaStream_t stream, Input sums, Input first, int32_t channels, int64_t blocks,
              std::vector<std::array<int64_t, 3>> items, std::vector<Output> outs) {
            AdalnSums call{};
@@ -435,7 +417,7 @@ PYBIND11_MODULE(DK_MODULE, module) {
                                          " gradients, and at most " + std::to_string(std::size(call.items)));
            for (size_t i = 0; i < items.size(); ++i) {
              const auto& [which, groups, rows] = items[i];
-             call.items[i] = {sums.as<float>() + which * blocks * channels, {outs[i].data, outs[i].dtype()}, groups,
+             call.items[i] = {sums.as<float>() + which * blocks * channels, {outs[i].data(), outs[i].dtype()}, groups,
                               static_cast<int32_t>(rows)};
            }
            call.count = static_cast<int32_t>(items.size());
@@ -444,178 +426,158 @@ PYBIND11_MODULE(DK_MODULE, module) {
            adaln_backward_sums(call, stream);
          });
 
-  define(module, "feed_forward_fwd",
+  define(extension, "feed_forward_fwd",
          +[](cudaStream_t stream, Input x, Input bias, Output y, int64_t rows, int64_t inner, int64_t columns,
              int64_t x_outer, int64_t x_inner, int64_t x_column, int act) {
-           feed_forward_fwd(x.data, bias.data, y.data, rows, inner, columns, {x_outer, x_inner, x_column},
+           feed_forward_fwd(x.data(), bias.data(), y.data(), rows, inner, columns, {x_outer, x_inner, x_column},
                             bias.given() ? bias.stride(0) : 0, x.dtype(), bias.dtype(), Activation(act), stream);
          });
   module.def("feed_forward_bwd_parts", &feed_forward_bwd_parts);
-  define(module, "feed_forward_bwd",
+  define(extension, "feed_forward_bwd",
          +[](cudaStream_t stream, Input dy, Input x, Input bias, Output dx, Output dbias_sums, int64_t rows,
              int64_t inner, int64_t columns, int64_t dy_outer, int64_t dy_inner, int64_t dy_column, int64_t x_outer,
              int64_t x_inner, int64_t x_column, int act) {
-           feed_forward_bwd(dy.data, x.data, bias.data, dx.data, dbias_sums.as<float>(), rows, inner, columns,
+           feed_forward_bwd(dy.data(), x.data(), bias.data(), dx.data(), dbias_sums.as<float>(), rows, inner, columns,
                             {dy_outer, dy_inner, dy_column}, {x_outer, x_inner, x_column},
                             bias.given() ? bias.stride(0) : 0, x.dtype(), bias.dtype(), Activation(act), stream);
          });
 
-  py::class_<QkNormRope>(module, "QkNormRope", py::module_local()).def(py::init(&qk_norm_rope_plan));
-  define(module, "qk_norm_rope_fwd",
-         +[](cudaStream_t stream, const QkNormRope& plan, Input q, Input k, Input q_weight, Input q_bias,
+  python::define_plan(extension, "QkNormRope", &qk_norm_rope_plan);
+  define(extension, "qk_norm_rope_fwd",
+         +[](cudaStream_t stream, Plan<QkNormRope> plan, Input q, Input k, Input q_weight, Input q_bias,
              Input k_weight, Input k_bias, Input cos, Input sin, Output q_out, Output k_out, Output q_mean,
              Output q_rstd, Output k_mean, Output k_rstd) {
-           QkNormRope call = plan;
+           QkNormRope call = *plan.value;
            set_parameters(call, q, k, q_weight, q_bias, k_weight, k_bias, cos, sin);
-           call.sides[0].y.data = q_out.data;
-           call.sides[1].y.data = k_out.data;
+           call.sides[0].y.data = q_out.data();
+           call.sides[1].y.data = k_out.data();
            call.sides[0].mean = q_mean.as<float>();
            call.sides[0].rstd = q_rstd.as<float>();
            call.sides[1].mean = k_mean.as<float>();
            call.sides[1].rstd = k_rstd.as<float>();
            qk_norm_rope_fwd(call, stream);
          });
-  define(module, "qk_norm_rope_bwd",
-         +[](cudaStream_t stream, const QkNormRope& plan, Input dq_out, Input dk_out, Input q, Input k,
+  define(extension, "qk_norm_rope_bwd",
+         +[](cudaStream_t stream, Plan<QkNormRope> plan, Input dq_out, Input dk_out, Input q, Input k,
              Input q_weight, Input q_bias, Input k_weight, Input k_bias, Input cos, Input sin, Input q_mean,
              Input q_rstd, Input k_mean, Input k_rstd, Output dq, Output dk, Output q_weight_sums,
              Output q_bias_sums, Output k_weight_sums, Output k_bias_sums) {
-           QkNormRope call = plan;
+           QkNormRope call = *plan.value;
            set_parameters(call, q, k, q_weight, q_bias, k_weight, k_bias, cos, sin);
            set_gradients(call, dq_out, dk_out, q_mean, q_rstd, k_mean, k_rstd);
-           call.sides[0].y.data = dq.data;
-           call.sides[1].y.data = dk.data;
+           call.sides[0].y.data = dq.data();
+           call.sides[1].y.data = dk.data();
            call.sides[0].weight_sums = q_weight_sums.as<float>();
            call.sides[0].bias_sums = q_bias_sums.as<float>();
            call.sides[1].weight_sums = k_weight_sums.as<float>();
            call.sides[1].bias_sums = k_bias_sums.as<float>();
            qk_norm_rope_bwd(call, stream);
          });
-  define(module, "qk_norm_rope_bwd_angles",
-         +[](cudaStream_t stream, const QkNormRope& plan, Input dq_out, Input dk_out, Input q, Input k,
+  define(extension, "qk_norm_rope_bwd_angles",
+         +[](cudaStream_t stream, Plan<QkNormRope> plan, Input dq_out, Input dk_out, Input q, Input k,
              Input q_weight, Input q_bias, Input k_weight, Input k_bias, Input cos, Input sin, Input q_mean,
              Input q_rstd, Input k_mean, Input k_rstd, int64_t samples, int32_t heads, Output dcos, Output dsin) {
-           QkNormRopeAngles angles{plan, {dcos.data, dcos.dtype()}, {dsin.data, dsin.dtype()}, samples, heads};
+           QkNormRopeAngles angles{*plan.value, {dcos.data(), dcos.dtype()}, {dsin.data(), dsin.dtype()}, samples, heads};
            set_parameters(angles.call, q, k, q_weight, q_bias, k_weight, k_bias, cos, sin);
            set_gradients(angles.call, dq_out, dk_out, q_mean, q_rstd, k_mean, k_rstd);
            qk_norm_rope_bwd_angles(angles, stream);
          });
 
-  define(module, "unpatchify",
-         +[](cudaStream_t stream, Input from, Output to, bool inverse, int32_t bytes, int64_t samples,
-             std::array<int32_t, 3> grid, std::array<int32_t, 3> patch, int32_t channels,
-             std::array<int32_t, 4> steps, std::array<int64_t, 3> token_strides, std::array<int64_t, 5> video_strides,
-             std::array<int32_t, 2> block) {
+  // inverse: from the video to tokens
+  define(extension, "unpatchify",
+         +[](cudaStream_t stream, Input from, Output to, bool inverse, Axes grid, Axes patch, int32_t channels,
+             std::array<int32_t, 4> steps, std::array<int32_t, 2> block) {
+           const Tensor& tokens = inverse ? static_cast<const Tensor&>(to) : from;
+           const Tensor& video = inverse ? static_cast<const Tensor&>(from) : to;
+           check_dim(tokens, "tokens", 3);
+           check_dim(video, "video", 5);
            Unpatchify call{};
-           call.tokens = inverse ? to.data : from.data;
-           call.video = inverse ? from.data : to.data;
-           std::copy(token_strides.begin(), token_strides.end(), call.token_strides);
-           std::copy(video_strides.begin(), video_strides.end(), call.video_strides);
+           call.tokens = tokens.data();
+           copy_strides(tokens, call.token_strides);
+           call.video = video.data();
+           copy_strides(video, call.video_strides);
            std::copy(grid.begin(), grid.end(), call.grid);
            std::copy(patch.begin(), patch.end(), call.patch);
            std::copy(steps.begin(), steps.end(), call.steps);
-           call.samples = samples;
+           call.samples = tokens.size(0);
            call.channels = channels;
            call.block_h = block[0];
            call.block_w = block[1];
-           call.bytes = bytes;
+           call.bytes = static_cast<int32_t>(tokens.bytes_of_element());
            call.inverse = inverse;
            unpatchify(call, stream);
          });
 
-  define(module, "patch_embed_fwd",
-         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t in_channels, int32_t channels,
-             Input video, std::array<int64_t, 5> video_strides, Input weight, Input bias, Input pos,
-             std::array<int64_t, 2> pos_strides, Output tokens) {
-           PatchEmbed call = patch_embed_of(samples, grid, patch, in_channels, channels);
-           set_video(call, video, video_strides);
-           call.weight = {weight.data, weight.dtype()};
-           call.bias = {bias.data, bias.dtype()};
-           call.pos = {pos.data, pos.dtype()};
-           std::copy(pos_strides.begin(), pos_strides.end(), call.pos_strides);
-           const int64_t sample = int64_t{grid[0]} * grid[1] * grid[2] * channels;
-           set_tokens(call, tokens, {sample, channels, 1});
+  define(extension, "patch_embed_fwd",
+         +[](cudaStream_t stream, Input video, Input weight, Input bias, Input pos, Output tokens) {
+           PatchEmbed call = patch_embed_of(video, weight, tokens);
+           call.weight = {weight.data(), weight.dtype()};
+           call.bias = {bias.data(), bias.dtype()};
+           call.pos = {pos.data(), pos.dtype()};
+           if (pos.given()) copy_strides(pos, call.pos_strides);
            patch_embed_fwd(call, stream);
          });
-  define(module, "patch_embed_bwd_video",
-         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t in_channels, int32_t channels,
-             Output dvideo, std::array<int64_t, 5> video_strides, Input weight, Input dtokens,
-             std::array<int64_t, 3> token_strides) {
-           PatchEmbed call = patch_embed_of(samples, grid, patch, in_channels, channels);
-           set_video(call, dvideo, video_strides);
-           call.weight = {weight.data, weight.dtype()};
-           set_tokens(call, dtokens, token_strides);
+  define(extension, "patch_embed_bwd_video",
+         +[](cudaStream_t stream, Output dvideo, Input weight, Input dtokens) {
+           PatchEmbed call = patch_embed_of(dvideo, weight, dtokens);
+           call.weight = {weight.data(), weight.dtype()};
            patch_embed_bwd_video(call, stream);
          });
-  define(module, "patch_embed_bwd_weight",
-         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t in_channels, int32_t channels,
-             Input video, std::array<int64_t, 5> video_strides, Input dtokens, std::array<int64_t, 3> token_strides,
-             int64_t chunk, Output weight_sums, Output bias_sums) {
-           PatchEmbed call = patch_embed_of(samples, grid, patch, in_channels, channels);
-           set_video(call, video, video_strides);
-           set_tokens(call, dtokens, token_strides);
-           patch_embed_bwd_weight(call, chunk, weight_sums.as<float>(), bias_sums.as<float>(), stream);
+  define(extension, "patch_embed_bwd_weight",
+         +[](cudaStream_t stream, Input video, Input weight, Input dtokens, int64_t chunk, Output weight_sums,
+             Output bias_sums) {
+           patch_embed_bwd_weight(patch_embed_of(video, weight, dtokens), chunk, weight_sums.as<float>(),
+                                  bias_sums.as<float>(), stream);
          });
-  define(module, "patch_embed_bwd_pos",
-         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t in_channels, int32_t channels,
-             Input dtokens, std::array<int64_t, 3> token_strides, Output dpos) {
-           PatchEmbed call = patch_embed_of(samples, grid, patch, in_channels, channels);
-           set_tokens(call, dtokens, token_strides);
-           patch_embed_bwd_pos(call, {dpos.data, dpos.dtype()}, stream);
+  define(extension, "patch_embed_bwd_pos",
+         +[](cudaStream_t stream, Input video, Input weight, Input dtokens, Output dpos) {
+           patch_embed_bwd_pos(patch_embed_of(video, weight, dtokens), {dpos.data(), dpos.dtype()}, stream);
          });
 
-  define(module, "final_layer_fwd",
-         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t channels,
-             std::array<int32_t, 4> steps, int32_t width, int norm, double eps, std::array<int64_t, 4> x_numbers,
-             std::array<int64_t, 6> shift_rows, std::array<int64_t, 6> scale_rows,
-             std::array<int64_t, 5> video_strides, Input x, Input shift, Input scale, Input weight,
-             Input bias, Output video, Output mean, Output rstd) {
-           FinalLayer call = final_layer_of(samples, grid, patch, channels, steps, width, norm, eps, x_numbers,
-                                            shift_rows, scale_rows, video_strides);
-           set_operands(call, x, shift, scale, weight, video, mean, rstd);
-           call.bias = {bias.data, bias.dtype()};
+  define(extension, "final_layer_fwd",
+         +[](cudaStream_t stream, Axes grid, Axes patch, int32_t channels, std::array<int32_t, 4> steps, int norm,
+             double eps, Input x, Input shift, Input scale, Input weight, Input bias, Output video, Output mean,
+             Output rstd) {
+           FinalLayer call =
+               final_layer_of(grid, patch, channels, steps, norm, eps, x, shift, scale, weight, video, mean, rstd);
+           call.bias = {bias.data(), bias.dtype()};
            final_layer_fwd(call, stream);
          });
-  define(module, "final_layer_bwd_rows",
-         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t channels,
-             std::array<int32_t, 4> steps, int32_t width, int norm, double eps, std::array<int64_t, 4> x_numbers,
-             std::array<int64_t, 6> shift_rows, std::array<int64_t, 6> scale_rows,
-             std::array<int64_t, 5> video_strides, Input x, Input shift, Input scale, Input weight,
-             Input dvideo, Input mean, Input rstd, int32_t segment, Output dx, Output dshift, Output dscale,
-             Output shift_sums, Output scale_sums) {
-           FinalLayer call = final_layer_of(samples, grid, patch, channels, steps, width, norm, eps, x_numbers,
-                                            shift_rows, scale_rows, video_strides);
-           set_operands(call, x, shift, scale, weight, dvideo, mean, rstd);
+  define(extension, "final_layer_bwd_rows",
+         +[](cudaStream_t stream, Axes grid, Axes patch, int32_t channels, std::array<int32_t, 4> steps, int norm,
+             double eps, Input x, Input shift, Input scale, Input weight, Input dvideo, Input mean, Input rstd,
+             int32_t segment, Output dx, Output dshift, Output dscale, Output shift_sums, Output scale_sums) {
+           const FinalLayer call =
+               final_layer_of(grid, patch, channels, steps, norm, eps, x, shift, scale, weight, dvideo, mean, rstd);
            final_layer_bwd_rows(call,
                                 {segment,
-                                 {dx.data, dx.dtype()},
-                                 {dshift.data, dshift.dtype()},
-                                 {dscale.data, dscale.dtype()},
+                                 {dx.data(), dx.dtype()},
+                                 {dshift.data(), dshift.dtype()},
+                                 {dscale.data(), dscale.dtype()},
                                  shift_sums.as<float>(),
                                  scale_sums.as<float>()},
                                 stream);
          });
-  define(module, "final_layer_bwd_weight",
-         +[](cudaStream_t stream, int64_t samples, Axes grid, Axes patch, int32_t channels,
-             std::array<int32_t, 4> steps, int32_t width, int norm, double eps, std::array<int64_t, 4> x_numbers,
-             std::array<int64_t, 6> shift_rows, std::array<int64_t, 6> scale_rows,
-             std::array<int64_t, 5> video_strides, Input x, Input shift, Input scale, Input weight,
-             Input dvideo, Input mean, Input rstd, int64_t chunk, Output weight_sums, Output bias_sums) {
-           FinalLayer call = final_layer_of(samples, grid, patch, channels, steps, width, norm, eps, x_numbers,
-                                            shift_rows, scale_rows, video_strides);
-           set_operands(call, x, shift, scale, weight, dvideo, mean, rstd);
+  define(extension, "final_layer_bwd_weight",
+         +[](cudaStream_t stream, Axes grid, Axes patch, int32_t channels, std::array<int32_t, 4> steps, int norm,
+             double eps, Input x, Input shift, Input scale, Input weight, Input dvideo, Input mean, Input rstd,
+             int64_t chunk, Output weight_sums, Output bias_sums) {
+           const FinalLayer call =
+               final_layer_of(grid, patch, channels, steps, norm, eps, x, shift, scale, weight, dvideo, mean, rstd);
            final_layer_bwd_weight(call, chunk, weight_sums.as<float>(), bias_sums.as<float>(), stream);
          });
+
+  // of any tensors or None
+  python::add_function(extension, "key", +[](PyObject*, PyObject* const* tensors, Py_ssize_t count) {
+    return python::guarded([&] { return python::key(tensors, count); });
+  }, nullptr);
+  python::add_function(extension, "takes", +[](PyObject*, PyObject* const* tensors, Py_ssize_t count) {
+    return python::guarded([&] { return PyBool_FromLong(python::takes(tensors, count, kDevice)); });
+  }, nullptr);
 
 #ifdef DK_EMULATED
   module.def("set_seed", &emulator::set_seed, "The order of threads and blocks in the launches to come");
   module.def("record", &emulator::record, "Launches are only noted from now on, or run again");
-  module.def("recorded", [] {
-    py::list result;
-    for (const auto& l : emulator::recorded())
-      result.append(py::make_tuple(l.kernel, py::make_tuple(l.grid.x, l.grid.y, l.grid.z),
-                                   py::make_tuple(l.block.x, l.block.y, l.block.z), l.shared_bytes));
-    return result;
-  }, "(kernel, grid, block, bytes of dynamic shared memory) of each launch since `record`");
+  module.def("recorded", &recorded, "(kernel, grid, block, bytes of dynamic shared memory) of each launch since `record`");
 #endif
 }

@@ -265,11 +265,16 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
 
 // --- launching ---------------------------------------------------------------------------------------
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  if (a < 0 || b <= 0) throw std::invalid_argument(std::to_string(a) + " in pieces of " + std::to_string(b));
+  return (a + b - 1) / b;
+}
 
 // A one-dimensional grid
 inline dim3 grid_of(int64_t blocks) {
-  if (blocks > 0x7fffffff) throw std::invalid_argument(std::to_string(blocks) + " blocks are more than a grid holds");
+  if (blocks < 0 || blocks > 0x7fffffff) {
+    throw std::invalid_argument("a grid holds up to 2^31 - 1 blocks; got " + std::to_string(blocks));
+  }
   return dim3(static_cast<unsigned>(blocks));
 }
 

@@ -185,13 +185,17 @@ void with_activation(Activation act, Action&& action) {
     case Activation::swiglu_first: return action(std::integral_constant<Activation, Activation::swiglu_first>{});
     case Activation::swiglu_second: return action(std::integral_constant<Activation, Activation::swiglu_second>{});
   }
+  throw std::invalid_argument("no such activation: " + std::to_string(static_cast<int>(act)));
 }
 
 // The kernels count rows and columns in 32 bits; offsets are of 64.
-void check_sizes(int64_t rows, int64_t columns) {
+void check_sizes(int64_t rows, int64_t inner, int64_t columns) {
   if (rows > 0x7fff0000 || columns > 0x3fff0000)
     throw std::invalid_argument(std::to_string(rows) + " rows of " + std::to_string(columns) +
                                 " columns are more than the kernel counts");
+  if (rows < 0 || columns < 0 || inner < 1)
+    throw std::invalid_argument("there are no " + std::to_string(rows) + " rows of " + std::to_string(columns) +
+                                " columns, " + std::to_string(inner) + " to a step");
 }
 
 unsigned narrow(int64_t value) { return static_cast<unsigned>(value); }
@@ -217,7 +221,7 @@ int64_t backward_chunk(int64_t rows, int64_t columns) { return rows_a_block(rows
 void feed_forward_fwd(const void* x, const void* bias, void* y, int64_t rows, int64_t inner, int64_t columns,
                       RowStrides x_strides, int64_t bias_stride, DType dtype, DType bias_dtype, Activation act,
                       cudaStream_t stream) {
-  check_sizes(rows, columns);
+  check_sizes(rows, inner, columns);
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     with_activation(act, [&](auto activation) {
@@ -240,7 +244,7 @@ int64_t feed_forward_bwd_parts(int64_t rows, int64_t columns) {
 void feed_forward_bwd(const void* dy, const void* x, const void* bias, void* dx, float* dbias_sums, int64_t rows,
                       int64_t inner, int64_t columns, RowStrides dy_strides, RowStrides x_strides,
                       int64_t bias_stride, DType dtype, DType bias_dtype, Activation act, cudaStream_t stream) {
-  check_sizes(rows, columns);
+  check_sizes(rows, inner, columns);
   const bool vectorised16 = vectors(x, columns, x_strides, dtype) && vectors(dy, columns, dy_strides, dtype);
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);

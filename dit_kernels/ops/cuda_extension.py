@@ -50,6 +50,8 @@ def kernels() -> ModuleType:
 
 def unsupported(*tensors: Tensor | None) -> str | None:
     """Why no CUDA kernel can take these tensors, or None: their device and dtype."""
+    if kernels().takes(*tensors):
+        return None
     for tensor in tensors:
         if tensor is None:
             continue

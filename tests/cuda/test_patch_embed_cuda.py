@@ -140,12 +140,11 @@ def test_order_of_threads_and_blocks_changes_nothing(dtype):
 
 
 def test_the_launcher_refuses_other_chunks():
-    x = torch.zeros(1, 1, 1, 2, 2)
-    sizes = (1, [1, 1, 1], [1, 2, 2], 1, 8)
+    x, weight = torch.zeros(1, 1, 1, 2, 2), torch.zeros(8, 1, 1, 2, 2)
     tokens, sums = torch.zeros(1, 1, 8), torch.zeros(1, 32)
     with pytest.raises(RuntimeError, match="1 chunks of 65 patches"):
         cuda_extension.kernels().patch_embed_bwd_weight(
-            *cuda_extension.where(x), *sizes, x, list(x.stride()), tokens, [8, 8, 1], 65, sums, None
+            *cuda_extension.where(x), x, weight, tokens, 65, sums, None
         )
 
 

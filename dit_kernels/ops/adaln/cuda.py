@@ -41,11 +41,14 @@ _ARGUMENTS = (
 
 
 def supports(*args: Any) -> str | None:
-    x = args[1]
-    if x.shape[-1] == 0:
+    _, length, channels = args[1].shape
+    if channels == 0:
         return "x has no channels"
-    if max(x.shape[-1], x.shape[1]) >= 2**31:
-        return f"a sample has less than 2^31 tokens and a token less than 2^31 channels; got {list(x.shape)}"
+    if length >= 2**31 or channels >= 2**31:
+        shape = list(args[1].shape)
+        return (
+            f"a sample has less than 2^31 tokens and a token less than 2^31 channels; got {shape}"
+        )
     return cuda_extension.unsupported(*args[:14])
 
 
@@ -100,20 +103,15 @@ def forward(
         bias if bias is None else _vector(bias),
         row_index if row_index is None else row_index.contiguous(),
     )  # fmt: skip
-    key: Any = [norm, gate_act, branch_norm, rounding, eps, x.get_device()]
-    for t in tensors:
-        if t is None:
-            key.append(None)
-        else:
-            key += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
-    key = tuple(key)
+    kernels = cuda_extension.kernels()
+    key = (norm, gate_act, branch_norm, rounding, eps, kernels.key(*tensors))
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= 4096:
             _plans.clear()
         form = (_NORMS[norm], gate_act == "tanh", branch_norm == "rms", rounding == "eager")
         plan = _plans[key] = _forward_plan(tensors, form, eps)
-    cuda_extension.kernels().adaln_forward(
+    kernels.adaln_forward(
         *cuda_extension.where(x), plan, *tensors, out, y, y2, branch_rstd, mean, rstd
     )
     return results
@@ -265,20 +263,17 @@ def backward(
             if need and t is not None
         ]
 
-    key = [norm, gate_act, branch_norm, eps, rounding, *needs, x.get_device()]
-    for t in (*inputs, dout, dy, dy2, stream):
-        if t is None:
-            key.append(None)
-        else:
-            key += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
-    plan = _backward_plans.get(tuple(key))
+    kernels, where = cuda_extension.kernels(), cuda_extension.where(x)
+    layouts = kernels.key(*inputs, dout, dy, dy2, stream)
+    key = (norm, gate_act, branch_norm, eps, rounding, *needs, layouts)
+    plan = _backward_plans.get(key)
     if plan is None:
         if len(_backward_plans) >= 4096:
             _backward_plans.clear()
         plan = _backward_plan(
             inputs, dout, dy, dy2, stream, norm, gate_act, branch_norm, eps, rounding, needs
         )
-        _backward_plans[tuple(key)] = plan
+        _backward_plans[key] = plan
 
     results: list[Tensor | None] = [None] * 14
     for i in plan.wanted:
@@ -295,7 +290,6 @@ def backward(
         workspace = x.new_empty((len(plan.sums), plan.blocks, x.shape[2]), dtype=torch.float32)
         for i, rows in zip(plan.sums, workspace.unbind(), strict=True):
             targets[i] = rows
-    kernels, where = cuda_extension.kernels(), cuda_extension.where(x)
     kernels.adaln_backward(
         *where, plan.plan, dout, dy, dy2, stream, x if plan.reads_branch else None, gate, scale, scale2,
         *(_vector(t) if use else None for t, use in zip(

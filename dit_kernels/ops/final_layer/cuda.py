@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ def supports(
     bias: Tensor | None,
     *statics: object,
 ) -> str | None:
-    if 0 in weight.shape:
+    values, width = weight.shape
+    if not values * width:
         return f"weight has no elements: {list(weight.shape)}"
-    if max(weight.shape) > 2**23:
+    if values > 2**23 or width > 2**23:
         return f"weight has at most 2^23 values a patch and channels; got {list(weight.shape)}"
     if x.shape[1] >= 2**31:
         return f"a sample has less than 2^31 tokens; got {list(x.shape)}"
@@ -45,17 +46,18 @@ def forward(
     eps: float,
     stats: bool,
 ) -> list[Tensor]:
-    size = [g * p for g, p in zip(grid, patch_size, strict=True)]
-    video = x.new_empty((x.shape[0], channels, *size))
+    (gt, gh, gw), (pt, ph, pw) = grid, patch_size
+    samples, tokens, width = x.shape
+    video = x.new_empty((samples, channels, gt * pt, gh * ph, gw * pw))
     saved = []
     if stats:
         count = 2 if norm == "layer" else 1
-        saved = [x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(count)]
-    if x.numel():
-        plan = _plan(x, shift, scale, video, grid, patch_size, channels, layout, norm, eps)
+        saved = [x.new_empty((samples, tokens), dtype=torch.float32) for _ in range(count)]
+    if samples * tokens * width:
         cuda_extension.kernels().final_layer_fwd(
-            *cuda_extension.where(x), *plan, x, shift, scale, weight.contiguous(), _vector(bias), video,
-            *_statistics(saved, norm),
+            *cuda_extension.where(x), grid, patch_size, channels,
+            _steps(layout, pt, ph, pw, channels), _NORMS[norm], eps,
+            x, shift, scale, weight.contiguous(), _vector(bias), video, *_statistics(saved, norm),
         )  # fmt: skip
     return [video, *saved]
 
@@ -85,8 +87,10 @@ def backward(
         return [t.zero_() for t in results if t is not None]
     samples, tokens, width = x.shape
     kernels, where = cuda_extension.kernels(), cuda_extension.where(x)
-    plan = _plan(x, shift, scale, dvideo, grid, patch_size, channels, layout, norm, eps)
-    arguments = (x, shift, scale, weight.contiguous(), dvideo, *_statistics(saved, norm))
+    arguments = (
+        grid, patch_size, channels, _steps(layout, *patch_size, channels), _NORMS[norm], eps,
+        x, shift, scale, weight.contiguous(), dvideo, *_statistics(saved, norm),
+    )  # fmt: skip
 
     if any(t is not None for t in results[:3]):
         lengths = [_length(m, tokens) for m in (shift, scale)]
@@ -102,7 +106,7 @@ def backward(
             if gradient is not None and not token:
                 rows = x.new_empty((blocks, width), dtype=torch.float32)
             sums.append(rows)
-        kernels.final_layer_bwd_rows(*where, *plan, *arguments, segment, dx, *direct, *sums)
+        kernels.final_layer_bwd_rows(*where, *arguments, segment, dx, *direct, *sums)
         for gradient, rows, length in zip((dshift, dscale), sums, lengths, strict=True):
             if rows is not None:
                 per_group = length // segment * chunks
@@ -120,7 +124,7 @@ def backward(
             weight_sums = x.new_empty((chunks, weight.numel()), dtype=torch.float32)
         if dbias is not None:
             bias_sums = x.new_empty((chunks, values), dtype=torch.float32)
-        kernels.final_layer_bwd_weight(*where, *plan, *arguments, chunk, weight_sums, bias_sums)
+        kernels.final_layer_bwd_weight(*where, *arguments, chunk, weight_sums, bias_sums)
         for rows, gradient in ((weight_sums, dweight), (bias_sums, dbias)):
             if rows is not None:
                 kernels.add_rows(*where, rows, gradient, 1, *rows.shape)
@@ -134,44 +138,15 @@ def _length(m: Tensor | None, tokens: int) -> int:
     return tokens // m.shape[1] if m.dim() == 3 else tokens
 
 
-def _modulation(m: Tensor | None, samples: int, tokens: int) -> list[int]:
-    """Strides of sample, group and channel, tokens a group, indexed, dtype."""
-    if m is None:
-        return [0, 0, 0, 1, 0, 0]
-    group = m.stride(1) if m.dim() == 3 and m.shape[1] > 1 else 0
-    sample = m.stride(0) if samples > 1 else 0
-    code = cuda_extension.dtype_code(m)
-    return [sample, group, m.stride(-1), max(1, _length(m, tokens)), 0, code]
-
-
-def _plan(
-    x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    video: Tensor,
-    grid: Sequence[int],
-    patch_size: Sequence[int],
-    channels: int,
-    layout: str,
-    norm: str,
-    eps: float,
-) -> tuple[Any, ...]:
-    """What a launch is but for its tensors."""
-    samples, tokens, width = x.shape
-    sizes = dict(zip("thwc", (*patch_size, channels), strict=True))
+@functools.lru_cache(4096)
+def _steps(layout: str, pt: int, ph: int, pw: int, channels: int) -> tuple[int, ...]:
+    """From one t, h, w and c to the next among the values of a patch."""
+    sizes = {"t": pt, "h": ph, "w": pw, "c": channels}
     steps, step = {}, 1
     for axis in reversed(layout.split()):
         steps[axis] = step
         step *= sizes[axis]
-    sample, token, channel = (
-        s if n > 1 else (1 if axis == 2 else 0)
-        for axis, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True))
-    )
-    return (
-        samples, list(grid), list(patch_size), channels, [steps[axis] for axis in "thwc"], width,
-        _NORMS[norm], eps, [sample, token, channel, cuda_extension.dtype_code(x)],
-        _modulation(shift, samples, tokens), _modulation(scale, samples, tokens), list(video.stride()),
-    )  # fmt: skip
+    return tuple(steps[axis] for axis in "thwc")
 
 
 def _statistics(saved: list[Tensor], norm: str) -> tuple[Tensor | None, Tensor | None]:

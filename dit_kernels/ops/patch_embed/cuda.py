@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from dit_kernels.ops import cuda_extension
 def supports(
     video: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None
 ) -> str | None:
-    if 0 in weight.shape:
+    channels, values = weight.shape[0], math.prod(weight.shape[1:])
+    if not channels * values:
         return f"weight has no elements: {list(weight.shape)}"
-    if max(weight[0].numel(), weight.shape[0]) > 2**23:
+    if channels > 2**23 or values > 2**23:
         return f"weight has at most 2^23 channels and values a patch; got {list(weight.shape)}"
     if max(video.shape) >= 2**31:
         return f"an axis of the video is shorter than 2^31; got {list(video.shape)}"
@@ -25,14 +26,14 @@ def supports(
 def forward(
     video: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, stats: bool
 ) -> list[Tensor]:
-    grid = _grid(video, weight)
-    out = video.new_empty((video.shape[0], grid[0] * grid[1] * grid[2], weight.shape[0]))
-    if out.numel():
-        weight, bias = weight.contiguous(), _vector(bias)
+    samples, _, frames, height, width = video.shape
+    channels, _, pt, ph, pw = weight.shape
+    tokens = (frames // pt) * (height // ph) * (width // pw)
+    out = video.new_empty((samples, tokens, channels))
+    if samples * tokens:
         cuda_extension.kernels().patch_embed_fwd(
-            *cuda_extension.where(video), *_sizes(video, weight), video, list(video.stride()),
-            weight, bias, pos_embed, [0, 0] if pos_embed is None else list(pos_embed.stride()), out,
-        )  # fmt: skip
+            *cuda_extension.where(video), video, weight.contiguous(), _vector(bias), pos_embed, out
+        )
     return [out]
 
 
@@ -52,12 +53,13 @@ def backward(
     (dtokens,) = grads
     if dtokens is None or dtokens.numel() == 0:
         return [t.zero_() for t in results if t is not None]
-    kernels, where, sizes = cuda_extension.kernels(), cuda_extension.where(video), _sizes(video, weight)  # fmt: skip
-    strides = list(dtokens.stride())
+    kernels, where, weight = (
+        cuda_extension.kernels(),
+        cuda_extension.where(video),
+        weight.contiguous(),
+    )
     if dvideo is not None:
-        kernels.patch_embed_bwd_video(
-            *where, *sizes, dvideo, list(dvideo.stride()), weight.contiguous(), dtokens, strides
-        )
+        kernels.patch_embed_bwd_video(*where, dvideo, weight, dtokens)
     if dweight is not None or dbias is not None:
         rows, values = dtokens.shape[0] * dtokens.shape[1], weight[0].numel()
         blocks = -(-weight.shape[0] // 128) * (-(-values // 64) if dweight is not None else 1)
@@ -69,29 +71,14 @@ def backward(
         if dbias is not None:
             bias_sums = video.new_empty((chunks, weight.shape[0]), dtype=torch.float32)
         kernels.patch_embed_bwd_weight(
-            *where, *sizes, video, list(video.stride()), dtokens, strides, chunk, weight_sums, bias_sums
-        )  # fmt: skip
+            *where, video, weight, dtokens, chunk, weight_sums, bias_sums
+        )
         for sums, out in ((weight_sums, dweight), (bias_sums, dbias)):
             if sums is not None:
                 kernels.add_rows(*where, sums, out, 1, *sums.shape)
     if dpos is not None:
-        kernels.patch_embed_bwd_pos(*where, *sizes, dtokens, strides, dpos)
+        kernels.patch_embed_bwd_pos(*where, video, weight, dtokens, dpos)
     return [t for t in results if t is not None]
-
-
-def _grid(video: Tensor, weight: Tensor) -> list[int]:
-    return [n // p for n, p in zip(video.shape[2:], weight.shape[2:], strict=True)]
-
-
-def _sizes(video: Tensor, weight: Tensor) -> tuple[Any, ...]:
-    """Samples, grid, patch, channels of the video and of a token."""
-    return (
-        video.shape[0],
-        _grid(video, weight),
-        list(weight.shape[2:]),
-        video.shape[1],
-        weight.shape[0],
-    )
 
 
 def _chunk(rows: int, blocks: int, slots: int) -> int:

@@ -7,7 +7,7 @@ sections fall on whole vectors; every other head dim, stride or mix of dtypes to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,14 +15,17 @@ from torch import Tensor
 from dit_kernels.ops import cuda_extension
 
 _NORMS = {"none": 0, "rms": 1, "layer": 2}
+_NO_STATISTICS: list[Tensor | None] = [None] * 4
 
 
 def supports(q: Tensor, k: Tensor | None, *args: Any) -> str | None:
     for name, x in (("q", q), ("k", k)):
-        if x is not None and not 0 < x.shape[2] * x.shape[3] < 2**30:
-            return f"{name} has at least one channel and less than 2^30; got {list(x.shape)}"
-        if x is not None and x.shape[1] >= 2**30:
-            return f"a sample of {name} has less than 2^30 tokens; got {list(x.shape)}"
+        if x is not None:
+            _, length, heads, dim = x.shape
+            if not 0 < heads * dim < 2**30:
+                return f"{name} has at least one channel and less than 2^30; got {list(x.shape)}"
+            if length >= 2**30:
+                return f"a sample of {name} has less than 2^30 tokens; got {list(x.shape)}"
     return cuda_extension.unsupported(q, k, *args[:6])
 
 
@@ -45,22 +48,28 @@ def forward(
     rounding: str,
     stats: bool,
 ) -> list[Tensor]:
-    outputs = [x.new_empty(x.shape) for x in (q, k) if x is not None]
-    saved = []
+    outputs, saved = [q.new_empty(q.shape)], []
+    if k is not None:
+        outputs.append(k.new_empty(k.shape))
     if stats:
         for x in (q, k):
             if x is not None:
                 shape = x.shape[:3] if over == "head" else x.shape[:2]
-                count = {"none": 0, "rms": 1, "layer": 2}[norm]
+                count = _NORMS[norm]
                 saved += [x.new_empty(shape, dtype=torch.float32) for _ in range(count)]
-    cos, sin = _angles(cos, sin)
-    parameters = [_vector(p) for p in (q_weight, q_bias, k_weight, k_bias)]
+    tensors: _Tensors = (q, k, q_weight, q_bias, k_weight, k_bias, cos, sin)
     form = (norm, over, act, layout, sections, rope_start, rounding)
-    found = _planned((q, k), (None, None), parameters, cos, sin, eps, form)
+    kernels = cuda_extension.kernels()
+    key = (form, eps, kernels.key(*tensors))
+    found = _forward_plans.get(key)
+    if found is None:
+        found = _make_room(_forward_plans)[key] = _forward_plan(tensors, form, eps)
+    if not found.as_given:
+        tensors = _prepared(tensors)
     if found.blocks:
-        cuda_extension.kernels().qk_norm_rope_fwd(
-            *cuda_extension.where(q), found.plan, q, k, *parameters, cos, sin,
-            outputs[0], None if k is None else outputs[1], *_statistics(saved, norm, k is not None),
+        kernels.qk_norm_rope_fwd(
+            *cuda_extension.where(q), found.plan, *tensors, outputs[0],
+            None if k is None else outputs[1], *_statistics(saved, norm, k is not None),
         )  # fmt: skip
     return outputs + saved
 
@@ -160,12 +169,15 @@ def _vector(parameter: Tensor | None) -> Tensor | None:
 def _statistics(saved: list[Tensor], norm: str, two: bool) -> list[Tensor | None]:
     """q's mean and rstd, then k's, of what the forward saved."""
     if not saved:
-        return [None] * 4
+        return _NO_STATISTICS
     each = 2 if norm == "layer" else 1
     found: list[Tensor | None] = []
     for i in range(1 + two):
         found += [*[None] * (2 - each), *saved[i * each : (i + 1) * each]]
     return found + [None] * (2 - 2 * two)
+
+
+_Tensors = tuple[Tensor | None, ...]
 
 
 class _Plan(NamedTuple):
@@ -190,19 +202,41 @@ def _planned(
     eps: float,
     form: tuple[Any, ...],
 ) -> _Plan:
-    key: Any = [form, eps, xs[0].get_device()]
-    for t in (*xs, *grads, *parameters, cos, sin):
-        if t is None:
-            key.append(None)
-        else:
-            key += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
-    key = tuple(key)
+    key = (form, eps, cuda_extension.kernels().key(*xs, *grads, *parameters, cos, sin))
     found = _plans.get(key)
     if found is None:
-        if len(_plans) >= 4096:
-            _plans.clear()
-        found = _plans[key] = _plan(xs, grads, parameters, cos, sin, eps, *form)
+        found = _make_room(_plans)[key] = _plan(xs, grads, parameters, cos, sin, eps, *form)
     return found
+
+
+class _ForwardPlan(NamedTuple):
+    plan: Any
+    blocks: int
+    as_given: bool  # no tensor has to be copied first
+
+
+_forward_plans: dict[Any, _ForwardPlan] = {}
+_Plans = TypeVar("_Plans", bound=dict[Any, Any])
+
+
+def _make_room(plans: _Plans) -> _Plans:
+    if len(plans) >= 4096:
+        plans.clear()
+    return plans
+
+
+def _prepared(tensors: _Tensors) -> _Tensors:
+    """q, k, then weights, biases and angles as the kernels read them."""
+    q, k, *parameters, cos, sin = tensors
+    return (q, k, *(_vector(p) for p in parameters), *_angles(cos, sin))
+
+
+def _forward_plan(tensors: _Tensors, form: tuple[Any, ...], eps: float) -> _ForwardPlan:
+    ready = _prepared(tensors)
+    q, k, *parameters, cos, sin = ready
+    made = _plan((q, k), (None, None), parameters, cos, sin, eps, *form)
+    as_given = all(a is b for a, b in zip(tensors, ready, strict=True))
+    return _ForwardPlan(made.plan, made.blocks, as_given)
 
 
 def _plan(

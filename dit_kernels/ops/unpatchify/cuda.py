@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -30,8 +31,8 @@ def forward(
     layout: str,
     stats: bool,
 ) -> list[Tensor]:
-    size = [g * p for g, p in zip(grid, patch_size, strict=True)]
-    video = tokens.new_empty((tokens.shape[0], channels, *size))
+    (gt, gh, gw), (pt, ph, pw) = grid, patch_size
+    video = tokens.new_empty((tokens.shape[0], channels, gt * pt, gh * ph, gw * pw))
     _move(tokens, video, tokens, video, grid, patch_size, channels, layout, False)
     return [video]
 
@@ -68,20 +69,27 @@ def _move(
 ) -> None:
     if tokens.numel() == 0:
         return
-    length = dict(zip("thwc", (*patch_size, channels), strict=True))
+    steps, block = _arranged(layout, *patch_size, channels, *grid[1:], tokens.element_size())
+    cuda_extension.kernels().unpatchify(
+        *cuda_extension.where(tokens), read, written, inverse, grid, patch_size, channels, steps, block
+    )  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def _arranged(
+    layout: str, pt: int, ph: int, pw: int, channels: int, gh: int, gw: int, size: int
+) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """From one t, h, w and c to the next among a patch's values, and (rows, columns) of patches of a block."""
+    length = {"t": pt, "h": ph, "w": pw, "c": channels}
     steps, step = {}, 1
     for axis in reversed(layout.split()):
         steps[axis] = step
         step *= length[axis]
-    block_w = max(1, min(grid[2], _TILE // step))
-    block_h = max(1, min(grid[1], _TILE // (step * block_w)))
-    if block_w == grid[2]:
+    block_w = max(1, min(gw, _TILE // step))
+    block_h = max(1, min(gh, _TILE // (step * block_w)))
+    if block_w == gw:
         # rows that are no multiple of 16 bytes: as many together as are
-        rows = 16 // math.gcd(16, patch_size[1] * patch_size[2] * block_w * tokens.element_size())
+        rows = 16 // math.gcd(16, ph * pw * block_w * size)
         if rows * block_w * step <= 4 * _TILE:
             block_h = rows * -(-block_h // rows)
-    cuda_extension.kernels().unpatchify(
-        *cuda_extension.where(tokens), read, written, inverse, tokens.element_size(),
-        tokens.shape[0], list(grid), list(patch_size), channels, [steps[axis] for axis in "thwc"],
-        list(tokens.stride()), list(video.stride()), [block_h, block_w],
-    )  # fmt: skip
+    return tuple(steps[axis] for axis in "thwc"), (block_h, block_w)
