@@ -8,7 +8,7 @@ BUILT := $(VENV)/.built
 ARCHS ?= $(if $(wildcard /dev/nvidia0),,90a-real;90-virtual)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format check bench audit gpu peers report codec latents evaluate weights clean
+.PHONY: help install demo test lint format check bench audit gpu peers report versions codec latents evaluate weights clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -56,8 +56,9 @@ format: $(INSTALLED) ## Rewrite the sources as `make lint` wants them
 check: $(INSTALLED) ## Errors of every backend that runs here, against the float64 reference
 	$(BIN)/dit-kernels check
 
-bench: $(INSTALLED) ## Time every op here against eager and torch.compile
-	$(BIN)/dit-kernels bench
+bench: $(INSTALLED) ## Time every op here against eager and torch.compile; tables and plots in runs/bench
+	$(BIN)/dit-kernels bench --out runs/bench
+	$(BIN)/python -m benchmarks.report runs/bench
 
 audit: $(INSTALLED) $(BUILT) ## Compile every Triton and CUDA kernel without a GPU: registers, spills, load widths
 	$(BIN)/python -m benchmarks.audit
@@ -71,6 +72,9 @@ peers: $(INSTALLED) ## Wheels of outside kernels into peers/, which `make gpu` i
 
 report: $(INSTALLED) ## docs/benchmarks.md and its plots, from the committed results
 	$(BIN)/python -m benchmarks.report
+
+versions: $(INSTALLED) ## Tests of `patch` with other releases of diffusers; the table in docs/diffusers.md
+	$(BIN)/python tests/integrations/versions.py
 
 codec: $(INSTALLED) ## Train the shipped codec again (ten minutes on two cores; resumes)
 	$(BIN)/dit-kernels train-codec --out runs/codec --resume

@@ -460,19 +460,24 @@ def write_rows(
     if result.get("begun"):
         del result["begun"]
         save(path, result)
-    failed = [row for row in result["rows"] if "failed" in row]
-    ours = sum(row["implementation"].startswith(OURS) for row in failed)
-    print(f"{len(result['rows'])} rows, {len(failed)} failed, {ours} of them ours: {path}")
-    return ours
+    return sum(row["implementation"].startswith(OURS) for row in _failed(result))
+
+
+def _failed(result: Row) -> list[Row]:
+    return [row for row in result["rows"] if "failed" in row]
 
 
 def closing(result: Row, path: Path) -> None:
-    """The same tables as in the report, and how to have its plots."""
+    """The same tables as in the report, then how to have its plots, and how many rows there are."""
     from benchmarks import report
 
     print(
-        f"\n{report.section(result)}\n{path}; python -m benchmarks.report {path.parent} has plots"
+        f"\n{report.section(result)}\nTables and plots: python -m benchmarks.report {path.parent}"
     )
+    failed = _failed(result)
+    ours = sum(row["implementation"].startswith(OURS) for row in failed)
+    left = f", {result['unfinished']} not begun" if result.get("unfinished") else ""
+    print(f"{len(result['rows'])} rows, {len(failed)} failed, {ours} of them ours{left}: {path}")
 
 
 def save(path: Path, result: Row) -> None:

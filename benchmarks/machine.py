@@ -43,9 +43,14 @@ def describe(device: str) -> dict[str, Any]:
 
 def folder(device: str) -> str:
     """Where a machine's results lie: "h200", "h100", ..., "cpu"."""
-    if device != "cuda":
+    return "cpu" if device != "cuda" else short(torch.cuda.get_device_name(0))
+
+
+def short(name: str) -> str:
+    """The card of "NVIDIA H100 80GB HBM3"; "cpu" of a CPU."""
+    words = name.lower().replace("-", " ").split()
+    if words[0] == "cpu":
         return "cpu"
-    words = torch.cuda.get_device_name(0).lower().replace("-", " ").split()
     named = [w for w in words if any(c.isdigit() for c in w) and not w.endswith(("gb", "hbm3"))]
     return named[0] if named else "-".join(words)
 

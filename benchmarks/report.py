@@ -1,10 +1,13 @@
 """From committed results to pages: nothing in them is typed.
 
 make report        docs/benchmarks.md, its plots and the README's lines on speed, from benchmarks/results/<device>/*.json
+
+    python -m benchmarks.report [FOLDER]    the same tables and plots of the runs in a folder, into report.md there
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
 from benchmarks.bench import Row, binding
 from benchmarks.bench_models import utilisation
 from benchmarks.cases import CASES
@@ -27,7 +31,7 @@ IMAGES = PAGE.parent / "images"
 README = ROOT / "README.md"
 MARKS = ("<!-- speed: made by `make report` -->", "<!-- end of speed -->")
 Run = dict[str, Any]
-OURS = ("triton", "cuda")  # the reference is the oracle, not a competitor
+OURS = ("triton", "cuda", "reference")  # the reference is timed on a CPU only, where it serves
 
 INTRODUCTION = """# Benchmarks
 
@@ -56,12 +60,14 @@ the time. "Saved" is what the forward keeps for the backward, inputs included. L
 
 def read_runs(folder: Path = RESULTS) -> dict[str, list[Run]]:
     """device -> its runs."""
-    runs: dict[str, list[Run]] = defaultdict(list)
-    for path in sorted(folder.glob("*/*.json")):
-        found = json.loads(path.read_text())
-        if {"machine", "rows"} <= found.keys():  # the tuned tiles lie there too
-            runs[path.parent.name].append(found)
-    return dict(runs)
+    found = {path.name: runs_in(path) for path in sorted(folder.glob("*/"))}
+    return {device: runs for device, runs in found.items() if runs}
+
+
+def runs_in(folder: Path) -> list[Run]:
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    # the tuned tiles lie there too
+    return [run for run in found if {"machine", "rows"} <= run.keys()]
 
 
 def page(runs: dict[str, list[Run]]) -> str:
@@ -69,13 +75,19 @@ def page(runs: dict[str, list[Run]]) -> str:
     if not on_gpus(runs):
         parts.append("**Not measured on a GPU yet.**\n")
     for device, found in runs.items():
-        parts.append(f"## {found[0]['machine']['device']}\n")
-        if device == "cpu":
-            parts.append("A CPU run shows that the suite works, and nothing about the kernels.\n")
-        parts += [f"![{title}](images/{name}.png)\n" for title, name in pictures(device, found)]
-        parts += [section(run) for run in found]
+        parts += _of_device(device, found)
     parts.append(_contents(runs))
     return "\n".join(parts)
+
+
+def _of_device(device: str, runs: list[Run]) -> Iterator[str]:
+    yield f"## {runs[0]['machine']['device']}\n"
+    if device == "cpu":
+        yield "A CPU run shows that the suite works, and nothing about the kernels.\n"
+    for title, name in pictures(device, runs):
+        yield f"![{title}](images/{name}.png)\n"
+    for run in runs:
+        yield section(run)
 
 
 def on_gpus(runs: dict[str, list[Run]]) -> dict[str, list[Run]]:
@@ -84,11 +96,11 @@ def on_gpus(runs: dict[str, list[Run]]) -> dict[str, list[Run]]:
 
 def section(run: Run) -> str:
     """The tables of one run."""
-    machine, ceilings = run["machine"], run["ceilings"]
+    found_on, ceilings = run["machine"], run["ceilings"]
     head = ", ".join(
-        f"{name} {machine[name]}"
+        f"{name} {found_on[name]}"
         for name in ("driver", "cuda", "torch", "triton", "commit", "date")
-        if name in machine
+        if name in found_on
     )
     rows = run["rows"]
     what = "models" if _models(run) else ", ".join(sorted({row["op"] for row in rows}))
@@ -97,7 +109,7 @@ def section(run: Run) -> str:
     lines = [
         f"### {what}\n",
         f"{head}. Copy {ceilings['copy_gbps']:.0f} GB/s, matrix product {ceilings['matmul_tflops']:.3g} TFLOP/s,"
-        f" empty launch {ceilings['launch_us']:.1f} µs.\n",
+        f" a launch that does nothing {ceilings['launch_us']:.1f} µs, {ceilings['graph_launch_us']:.1f} µs in a graph.\n",
     ]
     if _models(run):
         lines += _models_table(run)
@@ -171,7 +183,7 @@ def _grouped(rows: list[Row], *keys: str) -> dict[tuple[str, ...], dict[str, Row
 def _ours_and_best(cells: dict[str, Row]) -> tuple[Row | None, Row | None]:
     """The faster of our kernels, and the fastest other implementation that computes the same."""
     ours = min((cells[n] for n in OURS if n in cells), key=lambda r: r["ms"], default=None)
-    others = (row for n, row in cells.items() if n not in (*OURS, "reference") and row["accurate"])
+    others = (row for n, row in cells.items() if n not in OURS and row["accurate"])
     return ours, min(others, key=lambda r: r["ms"], default=None)
 
 
@@ -184,7 +196,10 @@ def _cell(row: Row | None, ours: Row | None) -> str:
 
 
 def _mebi(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:.1f}"
+    if size is None:
+        return "-"
+    found = size / 2**20
+    return f"{found:.0f}" if found >= 100 else f"{found:.3g}"
 
 
 def _models(run: Run) -> bool:
@@ -231,7 +246,7 @@ def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    first = (*OURS, "reference", "eager", "compile", "compile-max")
+    first = (*OURS, "eager", "compile", "compile-max")
     return (first.index(name) if name in first else len(first), name)
 
 
@@ -270,9 +285,7 @@ def _contents(runs: dict[str, list[Run]]) -> str:
 
 
 def pictures(device: str, runs: list[Run]) -> Iterator[tuple[str, str]]:
-    """(title, name) of the plots that these runs give; none of a CPU's."""
-    if device == "cpu":
-        return
+    """(title, name) of the plots that these runs give."""
     for title, name, rows, _ in _plots(device, runs):
         if rows:
             yield title, name
@@ -491,10 +504,28 @@ def with_readme_lines(readme: str, lines: str) -> str:
     return f"{readme[: begin + len(MARKS[0])]}\n{lines}\n{readme[end:]}"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.report", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="of runs; by default the committed ones"
+    )
+    given = parser.parse_args(arguments)
+    if given.folder:
+        found = runs_in(given.folder)
+        if not found:
+            print(f"report: no run in {given.folder}", file=sys.stderr)
+            return 2
+        device = machine.short(found[0]["machine"]["device"])
+        draw(device, found, given.folder / "images")
+        path = given.folder / "report.md"
+        path.write_text("\n".join(_of_device(device, found)))
+        print(f"{len(found)} runs -> {path}")
+        return 0
     runs = read_runs()
     PAGE.parent.mkdir(exist_ok=True)
-    for device, found in on_gpus(runs).items():
+    for device, found in runs.items():
         draw(device, found)
     PAGE.write_text(page(runs))
     README.write_text(with_readme_lines(README.read_text(), readme_lines(runs)))
