@@ -160,9 +160,16 @@ AdalnForward adaln_forward_plan(const std::array<int64_t, 5>& sizes, const std::
   return plan;
 }
 
-AdalnBackward adaln_backward_plan(const std::array<int64_t, 5>& sizes, const std::array<int, 4>& form, double eps,
-                                  int32_t segment, int32_t chunk, int64_t blocks, const Numbers& tokens,
-                                  const RowNumbers& rows, const Codes& vectors, const Codes& results) {
+// `rows`: which row of the workspace each sum of AdalnSum is, or -1
+struct BackwardPlan {
+  AdalnBackward call;
+  std::array<int, 8> rows;
+};
+
+BackwardPlan adaln_backward_plan(const std::array<int64_t, 5>& sizes, const std::array<int, 4>& form, double eps,
+                                 int32_t segment, int32_t chunk, int64_t blocks, const Numbers& tokens,
+                                 const RowNumbers& rows, const Codes& vectors, const Codes& results,
+                                 const std::array<int, 8>& workspace) {
   AdalnBackward plan{};
   plan.size = sizes_of(sizes);
   plan.form = form_of(form, eps);
@@ -179,7 +186,23 @@ AdalnBackward adaln_backward_plan(const std::array<int64_t, 5>& sizes, const std
                              &plan.dscale,    &plan.dshift2, &plan.dscale2};
   for (size_t i = 0; i < 7; ++i) *tensors[i] = result_of(results.at(i));
   for (size_t i = 0; i < 8; ++i) plan.sums[i] = result_of(results.at(7 + i));
-  return plan;
+  return {plan, workspace};
+}
+
+// The second stage, but for its addresses: of each sum its row of the workspace, groups, blocks a group
+struct BackwardSums {
+  int32_t channels;
+  int64_t blocks;
+  std::vector<std::array<int64_t, 3>> items;
+};
+
+BackwardSums adaln_backward_sums_plan(int32_t channels, int64_t blocks,
+                                      const std::vector<std::array<int64_t, 3>>& items) {
+  if (items.size() > std::size(AdalnSums{}.items)) {
+    throw std::invalid_argument("at most " + std::to_string(std::size(AdalnSums{}.items)) + " sums; got " +
+                                std::to_string(items.size()));
+  }
+  return {channels, blocks, items};
 }
 
 namespace {
@@ -367,14 +390,14 @@ PYBIND11_MODULE(DK_MODULE, module) {
          });
   python::define_plan(extension, "AdalnBackward", &adaln_backward_plan);
   define(extension, "adaln_backward",
-         +[](cudaStream_t stream, Plan<AdalnBackward> plan, Input dout, Input dy, Input dy2, Input x, Input branch,
+         +[](cudaStream_t stream, Plan<BackwardPlan> plan, Input dout, Input dy, Input dy2, Input x, Input branch,
              Input gate, Input scale, Input scale2, Input gate_table, Input branch_weight, Input scale_table,
              Input weight, Input bias, Input row_index, Input branch_rstd, Input mean, Input rstd, Input order,
              Input begin, Input end, Output dresidual, Output dbranch, Output dgate, Output dshift, Output dscale,
              Output dshift2, Output dscale2, Output gate_sums, Output shift_sums, Output scale_sums,
              Output shift2_sums, Output scale2_sums, Output branch_weight_sums, Output weight_sums,
-             Output bias_sums) {
-           AdalnBackward call = *plan.value;
+             Output bias_sums, Output workspace) {
+           AdalnBackward call = plan.value->call;
            call.dout.data = dout.data();
            call.dy.data = dy.data();
            call.dy2.data = dy2.data();
@@ -404,24 +427,29 @@ PYBIND11_MODULE(DK_MODULE, module) {
            call.dscale2.data = dscale2.data();
            const Output* const sums[] = {&gate_sums,   &shift_sums,         &scale_sums,  &shift2_sums,
                                          &scale2_sums, &branch_weight_sums, &weight_sums, &bias_sums};
-           for (int i = 0; i < 8; ++i) call.sums[i].data = sums[i]->data();
+           for (int i = 0; i < 8; ++i) {
+             const int row = plan.value->rows[i];
+             if (row < 0) call.sums[i].data = sums[i]->data();
+             else call.sums[i].data = workspace.as<float>() + row * call.blocks * call.size.channels;
+           }
            adaln_backward(call, stream);
          });
-  // items: which of the sums, groups, blocks a group
+  python::define_plan(extension, "AdalnSums", &adaln_backward_sums_plan);
   define(extension, "adaln_backward_sums",
-         +[](cudaStream_t stream, Input sums, Input first, int32_t channels, int64_t blocks,
-             std::vector<std::array<int64_t, 3>> items, std::vector<Output> outs) {
-           AdalnSums call{};
-           if (items.size() != outs.size() || items.size() > std::size(call.items))
-             throw std::invalid_argument(std::to_string(items.size()) + " sums for " + std::to_string(outs.size()) +
-                                         " gradients, and at most " + std::to_string(std::size(call.items)));
-           for (size_t i = 0; i < items.size(); ++i) {
-             const auto& [which, groups, rows] = items[i];
-             call.items[i] = {sums.as<float>() + which * blocks * channels, {outs[i].data(), outs[i].dtype()}, groups,
-                              static_cast<int32_t>(rows)};
+         +[](cudaStream_t stream, Plan<BackwardSums> plan, Input sums, Input first, std::vector<Output> outs) {
+           const BackwardSums& of = *plan.value;
+           if (of.items.size() != outs.size()) {
+             throw std::invalid_argument(std::to_string(of.items.size()) + " sums for " + std::to_string(outs.size()) +
+                                         " gradients");
            }
-           call.count = static_cast<int32_t>(items.size());
-           call.channels = channels;
+           AdalnSums call{};
+           for (size_t i = 0; i < outs.size(); ++i) {
+             const auto& [row, groups, rows] = of.items[i];
+             call.items[i] = {sums.as<float>() + row * of.blocks * of.channels, {outs[i].data(), outs[i].dtype()},
+                              groups, static_cast<int32_t>(rows)};
+           }
+           call.count = static_cast<int32_t>(outs.size());
+           call.channels = of.channels;
            call.first = first.as<int64_t>();
            adaln_backward_sums(call, stream);
          });

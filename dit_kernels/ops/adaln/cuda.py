@@ -285,22 +285,17 @@ def backward(
     if plan.by_row and row_index is not None:
         order, _, begin, end, first = segments(row_index, plan.by_row, plan.chunk)
         row_index = row_index.contiguous()
-    targets = [None if i is None else results[i] for i in plan.targets]
     if plan.sums:
-        workspace = x.new_empty((len(plan.sums), plan.blocks, x.shape[2]), dtype=torch.float32)
-        for i, rows in zip(plan.sums, workspace.unbind(), strict=True):
-            targets[i] = rows
+        workspace = x.new_empty((plan.sums, plan.blocks, x.shape[2]), dtype=torch.float32)
     kernels.adaln_backward(
         *where, plan.plan, dout, dy, dy2, stream, x if plan.reads_branch else None, gate, scale, scale2,
-        *(_vector(t) if use else None for t, use in zip(
-            (gate_table, branch_weight, scale_table, weight, bias), plan.reads, strict=True)),
-        row_index, branch_rstd, mean, rstd, order, begin, end, *targets,
+        *[None if i is None else _vector(inputs[i]) for i in plan.reads], row_index, branch_rstd, mean,
+        rstd, order, begin, end, *[None if i is None else results[i] for i in plan.targets], workspace,
     )  # fmt: skip
-    if plan.stages:
+    if plan.gradients:
         kernels.adaln_backward_sums(
-            *where, workspace, first, x.shape[2], plan.blocks, plan.stages,
-            [results[i] for i in plan.gradients],
-        )  # fmt: skip
+            *where, plan.stages, workspace, first, [results[i] for i in plan.gradients]
+        )
     return [cast(Tensor, results[i]) for i in plan.wanted]
 
 
@@ -311,11 +306,11 @@ class _BackwardPlan(NamedTuple):
     wanted: list[int]  # whose gradient is asked for
     zeros: list[int]  # and is zero
     reads_branch: bool
-    reads: list[bool]  # of gate_table, branch_weight, scale_table, weight, bias
+    reads: list[int | None]  # gate_table, branch_weight, scale_table, weight, bias
     targets: list[int | None]  # the kernel's results: d(residual), d(branch), rows a token, sums
-    sums: list[int]  # those of the targets that are rows of the workspace
-    stages: list[tuple[int, int, int]]  # the second stage: which row, groups, blocks a group
-    gradients: list[int]  # and what they give
+    sums: int  # rows of the workspace
+    stages: Any  # the second stage
+    gradients: list[int]  # and what it gives
     blocks: int
     chunk: int
     by_row: int  # rows that row_index may name
@@ -433,8 +428,11 @@ def _backward_plan(
         [_tokens(tokens, t) for t in (dout, dy, dy2, stream, branch)],
         [_rows(form[n], t) for n, t in zip(("gate", "scale", "scale2"), rows, strict=True)],
         [code(v) for v in read], codes,
+        [summed.index(name) if name in summed else -1 for name in _SUMS],
     )  # fmt: skip
     return _BackwardPlan(
-        plan, order, zeros, reads_branch, [v is not None for v in read], targets,
-        [7 + _SUMS.index(name) for name in summed], stages, gradients, blocks, chunk, by_row,
+        plan, order, zeros, reads_branch,
+        [None if v is None else at[name] for name, v in zip(_READ, read, strict=True)], targets,
+        len(summed), cuda_extension.kernels().AdalnSums(channels, blocks, stages), gradients, blocks,
+        chunk, by_row,
     )  # fmt: skip
