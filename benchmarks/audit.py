@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import math
 import re
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from benchmarks.cases import Arguments, Case, Random, cases_for
 from benchmarks.offline import TARGETS, Launch, recorded
 from benchmarks.shapes import SHAPES, Shape
 from dit_kernels import backends, ops
+from dit_kernels.ops import triton_tuning
 
 SHAPES_AUDITED = tuple(name for name in SHAPES if not name.startswith("tiny-"))
 HERE = Path(__file__).parent
@@ -143,24 +145,49 @@ FORMS: dict[str, tuple[Case, ...]] = {
 }
 
 
-def launches(op: str, shape: str, target: str = "sm_90") -> Iterator[tuple[str, Launch]]:
-    """(case, launch) of forward and backward of every benchmark case of the op."""
+def _calls(op: str, shape: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(case, forward and backward of it) of every benchmark case of the op."""
     for case in (*cases_for(SHAPES[shape], (op,)), *FORMS.get(shape, ())):
         if case.op != op:
             continue
         kwargs = case.make(SHAPES[shape], lambda *size: torch.empty(size, dtype=torch.bfloat16))
-        wanted = [v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point()]
-        for tensor in wanted:
+        leaves = [v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point()]
+        for tensor in leaves:
             if tensor.is_leaf:
                 tensor.requires_grad_()
+        yield case.name, functools.partial(_call, getattr(ops, case.function), kwargs, leaves)
+
+
+def _call(function: Callable[..., Any], kwargs: Arguments, leaves: list[Tensor]) -> None:
+    result = function(**kwargs, backend="triton")
+    result = result if isinstance(result, tuple) else (result,)
+    torch.autograd.grad(result, leaves, [torch.empty_like(t) for t in result], allow_unused=True)
+
+
+def launches(op: str, shape: str, target: str = "sm_90") -> Iterator[tuple[str, Launch]]:
+    """(case, launch) of forward and backward of every benchmark case of the op."""
+    for case, call in _calls(op, shape):
         with recorded(target) as found:
-            result = getattr(ops, case.function)(**kwargs, backend="triton")
-            result = result if isinstance(result, tuple) else (result,)
-            torch.autograd.grad(
-                result, wanted, [torch.empty_like(t) for t in result], allow_unused=True
-            )
+            call()
         for launch in found:
-            yield case.name, launch
+            yield case, launch
+
+
+def candidates(op: str, shape: str, target: str, done: set[tuple[str, str]]) -> Iterator[tuple[str, Launch]]:  # fmt: skip
+    """The same with each of the tiles that the tuner would try, for the classes of shapes that are not done."""
+    for case, call in _calls(op, shape):
+        with recorded(target), triton_tuning.noted() as asked:
+            call()
+        for (kernel, name), (key, default) in asked.items():
+            if (kernel, name) in done or kernel not in triton_tuning.CANDIDATES:
+                continue
+            done.add((kernel, name))
+            with recorded(target) as found:
+                for tiles in triton_tuning.CANDIDATES[kernel](key, default):
+                    with triton_tuning.tried(kernel, name, tiles):
+                        call()
+            for launch in found:
+                yield case, launch
 
 
 def inspect(launch: Launch, target: str) -> dict[str, Any]:
@@ -302,6 +329,21 @@ def _widest(sizes: dict[Any, int]) -> str:
     return str(max(map(int, sizes))) if sizes else "-"
 
 
+def _table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    yield "| call | kernel | target | tile | warps | registers | spills | shared | occupancy | loads | stores | matrix |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        loads = "TMA" if row["tma"] else _widest(row["loads"])
+        if row["aligned"] < 16:
+            loads += f" ({row['aligned']})"
+        cells = (
+            row["call"], row["kernel"], row["target"], row["tile"] or "-", row["warps"], row["registers"],
+            row["spills"], row["shared"], f"{row['occupancy']:.0%}", loads, _widest(row["stores"]),
+            row["matrix"] or "-",
+        )  # fmt: skip
+        yield "| " + " | ".join(map(str, cells)) + " |"
+
+
 def render(rows: list[dict[str, Any]]) -> str:
     versions = " and ".join(sorted({row["triton"] for row in rows}))
     lines = [
@@ -324,32 +366,27 @@ def render(rows: list[dict[str, Any]]) -> str:
             "",
             f"## {op}",
             "",
-            "| call | kernel | target | tile | warps | registers | spills | shared | occupancy | loads | stores | matrix |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+            *_table(r for r in rows if r["op"] == op and not r["candidate"]),
         ]
-        for row in rows:
-            if row["op"] == op:
-                loads = "TMA" if row["tma"] else _widest(row["loads"])
-                if row["aligned"] < 16:
-                    loads += f" ({row['aligned']})"
-                cells = (
-                    row["call"], row["kernel"], row["target"], row["tile"] or "-", row["warps"], row["registers"],
-                    row["spills"], row["shared"], f"{row['occupancy']:.0%}", loads, _widest(row["stores"]),
-                    row["matrix"] or "-",
-                )  # fmt: skip
-                lines.append("| " + " | ".join(map(str, cells)) + " |")
+        tried = [r for r in rows if r["op"] == op and r["candidate"]]
+        if tried:
+            lines += ["", "What the tuner tries beside the defaults:", "", *_table(tried)]
     return "\n".join(lines) + "\n"
 
 
-def wanted(op: str, target: str) -> Iterator[tuple[str, str, Launch]]:
-    """(key, call, launch) of every distinct binary."""
+def wanted(op: str, target: str, tuned: bool) -> Iterator[tuple[str, str, Launch, bool]]:
+    """(key, call, launch, whether it is no default but a candidate) of every distinct binary."""
     seen = set()
-    for shape in SHAPES_AUDITED:
-        for case, launch in launches(op, shape, target):
+    done: set[tuple[str, str]] = set()
+    found = [(shape, False, launches(op, shape, target)) for shape in SHAPES_AUDITED]
+    if tuned:
+        found += [(shape, True, candidates(op, shape, target, done)) for shape in SHAPES_AUDITED]
+    for shape, candidate, calls in found:
+        for case, launch in calls:
             key = launch.key(target)
             if key not in seen:
                 seen.add(key)
-                yield key, f"{case} {shape}", launch
+                yield key, f"{case} {shape}", launch, candidate
 
 
 def save(path: Path, rows: dict[str, dict[str, Any]]) -> None:
@@ -367,6 +404,9 @@ def main() -> int:
     names = [op for op, found in backends.TABLE.items() if "triton" in found]
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {' '.join(names)}; default: all")
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
+    parser.add_argument(
+        "--candidates", action="store_true", help="also the tiles that the tuner tries; once in the table, they stay"
+    )  # fmt: skip
     parser.add_argument(
         "--check", action="store_true", help="fail where the committed table would change, and leave it"
     )  # fmt: skip
@@ -389,22 +429,24 @@ def main() -> int:
             if left_out or (options.check and not before):
                 found |= before
                 continue
-            for key, call, launch in wanted(op, target):
+            tuned = options.candidates or any(row["candidate"] for row in before.values())
+            for key, call, launch, candidate in wanted(op, target, tuned):
                 row = known.get(key)
                 if row is None:
                     start = time.perf_counter()
                     row = {"op": op, "call": call, "kernel": launch.name, "target": target,
-                           "triton": triton.__version__, **inspect(launch, target)}  # fmt: skip
+                           "candidate": candidate, "triton": triton.__version__, **inspect(launch, target)}  # fmt: skip
                     seconds = time.perf_counter() - start
                     print(f"{op}: {call} {launch.name} {target} {seconds:.1f} s {' '.join(problems(row))}", flush=True)  # fmt: skip
                     known[key] = row
                     if not options.check:
                         save(store, known)
-                found[key] = {**row, "call": call}
+                found[key] = {**row, "call": call, "candidate": candidate}
         rows |= _by_call(found)
     failures = [
         f"{row['op']}: {row['call']} {row['kernel']} {row['target']}: {problem}"
         for row in rows.values()
+        if not row["candidate"]
         for problem in problems(row)
     ]
     text = render(list(rows.values()))

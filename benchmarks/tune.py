@@ -22,7 +22,7 @@ from benchmarks.cases import cases_for
 from benchmarks.shapes import QUICK, SHAPES
 from benchmarks.timing import timed
 from dit_kernels import backends, ops
-from dit_kernels.ops import triton_launch, triton_tuning
+from dit_kernels.ops import triton_tuning
 
 Measure = Callable[[Callable[[], object]], float]
 WORTH = 0.98  # of the default's time
@@ -46,13 +46,8 @@ def call_of(case: Any, shape: str, device: str) -> Callable[[], object]:
 
 def tune_call(call: Callable[[], object], measure: Measure, done: set[tuple[str, str]]) -> list[dict[str, Any]]:  # fmt: skip
     """One row a class that the call asks for and that is not done: its default, its best, their times."""
-    triton_launch.Plans.clear()
-    triton_tuning.asked = {}
-    try:
+    with triton_tuning.noted() as asked:
         call()
-        asked = triton_tuning.asked
-    finally:
-        triton_tuning.asked = None
     rows = []
     for (kernel, name), (key, default) in asked.items():
         if (kernel, name) in done or kernel not in triton_tuning.CANDIDATES:
@@ -60,22 +55,18 @@ def tune_call(call: Callable[[], object], measure: Measure, done: set[tuple[str,
         done.add((kernel, name))
         times: dict[Any, float] = {}
         for tiles in dict.fromkeys([default, *triton_tuning.CANDIDATES[kernel](key, default)]):
-            triton_tuning.trying[kernel, name] = tiles
-            triton_launch.Plans.clear()
-            try:
-                times[tiles] = measure(call)
-            except Exception as error:  # does not fit this GPU: no candidate
-                if tiles == default:
-                    raise
-                print(f"  {kernel} {name}: {tuple(tiles)}: {str(error).splitlines()[0][:100]}")
-            finally:
-                del triton_tuning.trying[kernel, name]
+            with triton_tuning.tried(kernel, name, tiles):
+                try:
+                    times[tiles] = measure(call)
+                except Exception as error:  # does not fit this GPU: no candidate
+                    if tiles == default:
+                        raise
+                    print(f"  {kernel} {name}: {tuple(tiles)}: {str(error).splitlines()[0][:100]}")
         best = min(times, key=lambda tiles: times[tiles])
         rows.append(dict(
             kernel=kernel, key=name, default=list(default), default_ms=1e3 * times[default],
             best=list(best), best_ms=1e3 * times[best], tried=len(times),
         ))  # fmt: skip
-    triton_launch.Plans.clear()
     return rows
 
 

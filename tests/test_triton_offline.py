@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 from benchmarks import audit, offline
 from dit_kernels import ops, testing
-from dit_kernels.ops import triton_launch
+from dit_kernels.ops import triton_launch, triton_tuning
+from dit_kernels.ops.feed_forward import triton as feed_forward
 
 pytestmark = pytest.mark.skipif(
     triton_launch.INTERPRETED, reason="under TRITON_INTERPRET=1 nothing is compiled"
@@ -170,10 +171,11 @@ def test_key_follows_the_code(monkeypatch):
 
 
 class Audited:
-    """`python -m benchmarks.audit unpatchify` with given figures in place of compiled binaries."""
+    """`python -m benchmarks.audit OP` with given figures in place of compiled binaries."""
 
     def __init__(self, folder, monkeypatch, capsys) -> None:
         self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+        self.op = "unpatchify"
         self.compiled: list[str] = []
         self.figures = dict(
             tile="", warps=4, registers=32, spills=0, shared=0, occupancy=1.0, loads={16: 1}, stores={16: 1},
@@ -189,7 +191,7 @@ class Audited:
     def __call__(self, *arguments: str) -> tuple[int, str]:
         """Exit status and last line."""
         self.compiled.clear()
-        self.monkeypatch.setattr("sys.argv", ["audit", "unpatchify", *arguments])
+        self.monkeypatch.setattr("sys.argv", ["audit", self.op, *arguments])
         return audit.main(), self.capsys.readouterr().out.splitlines()[-1]
 
     @property
@@ -255,4 +257,26 @@ def test_check_fails_on_a_planted_row(audited, planted, problem, how):
         audit.save(audited.store, rows)
         audited.table.write_text(audit.render(list(json.loads(audited.store.read_text()).values())))
     assert audited("--check") == (1, failure)
+    assert not audited.compiled
+
+
+def test_candidates_of_the_tuner_are_compiled_and_may_spill(audited):
+    """Asked for once, they stay in the table, apart from the defaults; only a default must be good."""
+    monkeypatch = audited.monkeypatch
+    tiles = [feed_forward._DEFAULT, feed_forward._DEFAULT._replace(block_m=16)]
+    for kernel in ("feed_forward.forward", "feed_forward.backward"):
+        monkeypatch.setitem(triton_tuning.CANDIDATES, kernel, lambda key, default: tiles)
+    audited.op = "feed_forward"
+    assert audited("--target", "sm_90")[0] == 0
+    defaults = set(json.loads(audited.store.read_text()))
+    audited.figures["spills"] = 1
+    assert audited("--target", "sm_90", "--candidates")[0] == 0
+    rows = json.loads(audited.store.read_text())
+    new = {key: row for key, row in rows.items() if key not in defaults}
+    assert set(audited.compiled) == {"feed_forward_fwd", "feed_forward_bwd"}
+    assert len(new) == len(audited.compiled)
+    assert all(row["candidate"] == (key in new) for key, row in rows.items())
+    above, below = audited.table.read_text().split("What the tuner tries beside the defaults:")
+    assert (above.count("| 1 | 0 | 100% |"), below.count("| 1 | 0 | 100% |")) == (0, len(new))
+    assert audited("--check")[0] == 0
     assert not audited.compiled

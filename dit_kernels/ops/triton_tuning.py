@@ -7,17 +7,20 @@ what a kernel is compiled for (channels, head dim, form) and never a number of t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
+
+from dit_kernels.ops import triton_launch
 
 Tiles = TypeVar("Tiles", bound=NamedTuple)
 Key = tuple[Hashable, ...]
@@ -37,6 +40,30 @@ def choose(kernel: str, key: Key, default: Tiles) -> Tiles:
         asked.setdefault((kernel, name), (key, default))
     found = trying.get((kernel, name)) or tuned().get(kernel, {}).get(name)
     return default if found is None else type(default)(*found)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[dict[tuple[str, str], tuple[Key, Any]]]:
+    """What calls inside ask for: (kernel, class) -> (its key, its default)."""
+    global asked
+    triton_launch.Plans.clear()
+    asked = {}
+    try:
+        yield asked
+    finally:
+        asked = None
+
+
+@contextlib.contextmanager
+def tried(kernel: str, name: str, tiles: Any) -> Iterator[None]:
+    """Calls inside take these tiles for a class."""
+    trying[kernel, name] = tiles
+    triton_launch.Plans.clear()
+    try:
+        yield
+    finally:
+        del trying[kernel, name]
+        triton_launch.Plans.clear()
 
 
 def _name(key: Key) -> str:

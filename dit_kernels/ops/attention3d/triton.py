@@ -133,9 +133,9 @@ def configuration(
 
 
 def _candidates(kernel: str, key: triton_tuning.Key, default: Config) -> list[Config]:
-    """What other head dims and GPUs take, and one stage more or less."""
-    rows = [row for table in _TABLE.values() for row in table[kernel]]
-    found = [config for _, *both in rows for config in both]
+    """What other head dims take on this GPU, and one stage more or less."""
+    table = _TABLE[triton_launch.architecture(torch.device("cuda"))][kernel]
+    found = [config for _, *both in table for config in both]
     found += [default._replace(num_stages=max(1, default.num_stages + d)) for d in (-1, 1)]
     return list(dict.fromkeys([default, *found]))
 

@@ -584,9 +584,11 @@ def backward(
         return [t for t in results if t is not None]
 
     call = _arrange(x, shift, scale, weight, _LEAST_GROUP)
-    most = 32 if triton_launch.architecture(x.device) == "sm_80" else 64
-    if block_k > most:
+    architecture = triton_launch.architecture(x.device)
+    if block_k > (64 if architecture in ("sm_90", "sm_100") else 32):
         block_m = 32  # its sums [BLOCK_C, BLOCK_K] fill the registers
+    # on AMD a thread of eight warps has half the registers of one of four
+    warps = 4 if not native or (architecture == "amd" and block_k > 16) else 8
     segment = call.segment
     pieces = triton.cdiv(segment, 256)
     chunk = triton.cdiv(triton.cdiv(segment, pieces), block_m) * block_m
@@ -614,7 +616,7 @@ def backward(
         compact, x, shift, scale, weight, mean, rstd, weight_sums, bias_sums, shift_sums, scale_sums,
         tokens, segment, pieces, chunk, chunks, per_range, *call.x, *call.shift, *call.scale, *weight.stride(),
         width, values, *patch_size, rows, norm == "layer", *call.access, weight.is_contiguous(),
-        call.shift_form, call.scale_form, native, precision, block_m, block_c, block_k, num_warps=8 if native else 4, num_stages=2,
+        call.shift_form, call.scale_form, native, precision, block_m, block_c, block_k, num_warps=warps, num_stages=2,
     )  # fmt: skip
     for sums, gradient in ((weight_sums, dweight), (bias_sums, dbias)):
         if gradient is not None:
