@@ -340,7 +340,12 @@ def binding(row: Row, ceilings: dict[str, float]) -> tuple[str, float]:
     product = row["flops"] / (ceilings["matmul_tflops"] * 1e12)
     percent = 100 * max(copy, product) / (row["ms"] / 1e3)
     rate, unit = (row["tflops"], "TFLOP/s") if product > copy else (row["gbps"], "GB/s")
-    return f"{rate:.0f} {unit}" if rate >= 100 else f"{rate:.3g} {unit}", percent
+    return f"{rounded(rate)} {unit}", percent
+
+
+def rounded(number: float) -> str:
+    """Three digits, and all before the point."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -44,7 +44,7 @@ MODES = ("forward", "train", "generate")
 GUIDANCE = 4.0
 GROUPS = 8  # of the U-Net's norms
 # seconds: with fewer left nothing is begun, or compiled; after so many on a GPU it is given up
-NEEDED = {False: 8, True: 40}
+NEEDED = {False: 5, True: 20}
 PATIENCE = 300
 Inputs = dict[str, Tensor]
 
@@ -206,6 +206,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@functools.cache
 def flops(model: Model, mode: str) -> int:
     """Of one sample in the matrix products of one call, by torch's counter; nothing is computed."""
     with torch.device("meta"):

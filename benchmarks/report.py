@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.bench import Row, binding
+from benchmarks.bench import Row, binding, rounded
 from benchmarks.bench_models import utilisation
 from benchmarks.cases import CASES
 from benchmarks.machine import ROOT
@@ -39,22 +39,28 @@ Made by `make report` from the files in [benchmarks/results](../benchmarks/resul
 
 ```sh
 make gpu                                   # on a machine with a GPU: tests, audit, all benchmarks, in ten minutes
-make gpu STAGES="build test bench-adaln"   # some stages, which then share the ten minutes
-dit-kernels bench gated_adaln --shape dit-xl-1024
+make gpu STAGES="test compile bench-adaln"  # some stages, which then share the ten minutes
+make gpu STAGES=models                     # ten minutes don't hold all: whole models and sweeps fill some alone
+make peers                                 # wheels of outside kernels for a machine without a network
+dit-kernels bench gated_adaln --shape dit-xl-1024 --out DIR
 dit-kernels bench --sweep tokens attention
 dit-kernels bench models DiT-XL/2 --mode train
 dit-kernels bench --compare A.json B.json  # what moved by more than the runs' spread
+python -m benchmarks.report DIR            # tables and plots of the runs in a folder
 pytest benchmarks                          # the same cases under pytest-benchmark
-make peers                                 # wheels of outside kernels for a machine without a network
 ```
 
 Before a kernel is timed, its outputs and gradients are held against the float64 oracle by the one accuracy
-rule: one of ours that is off is listed as failed and not timed, another's is marked `*`. Times are medians
-over CUDA graph replays with a cold L2 cache; `†` marks what could not be captured and is timed by events, gaps
-between launches included. In brackets: how many times as long as ours. A result's ceilings are of its own
-run: a large copy (bytes read and written) and a large bfloat16 matrix product on random data. "Of the
-ceiling" is the larger of the two floors, least bytes over the copy's rate and FLOPs over the product's, over
-the time. "Saved" is what the forward keeps for the backward, inputs included. Losses are shown.
+rule, at the shape itself; of attention over long sequences some rows of queries are, with all the gradients
+that come from them. One of ours that is off is listed as failed and not timed, another's is marked `*`. Times
+are medians over CUDA graph replays, over several sets of inputs that together are larger than the L2 cache;
+`†` marks what could not be captured and is timed by events, gaps between launches included. In brackets: how
+many times as long as ours. A result's ceilings are of its own run: a large copy (bytes read and written) and a
+large bfloat16 matrix product on random data. "Of the ceiling" is the larger of the two floors, least bytes over
+the copy's rate and FLOPs over the product's, over the time. "Saved" is what the forward keeps for the backward,
+inputs included. Losses are shown. What takes long to prepare comes last: a run that is out of time has timed
+ours against eager PyTorch everywhere, then against torch.compile, then against its max-autotune; it says how
+much it left out.
 """
 
 
@@ -108,7 +114,7 @@ def section(run: Run) -> str:
         what = f"sweeps over {', '.join(dict.fromkeys(r['sweep'] for r in rows if 'sweep' in r))}"
     lines = [
         f"### {what}\n",
-        f"{head}. Copy {ceilings['copy_gbps']:.0f} GB/s, matrix product {ceilings['matmul_tflops']:.3g} TFLOP/s,"
+        f"{head}. Copy {rounded(ceilings['copy_gbps'])} GB/s, matrix product {rounded(ceilings['matmul_tflops'])} TFLOP/s,"
         f" a launch that does nothing {ceilings['launch_us']:.1f} µs, {ceilings['graph_launch_us']:.1f} µs in a graph.\n",
     ]
     if _models(run):
@@ -196,10 +202,7 @@ def _cell(row: Row | None, ours: Row | None) -> str:
 
 
 def _mebi(size: int | None) -> str:
-    if size is None:
-        return "-"
-    found = size / 2**20
-    return f"{found:.0f}" if found >= 100 else f"{found:.3g}"
+    return "-" if size is None else rounded(size / 2**20)
 
 
 def _models(run: Run) -> bool:
@@ -304,7 +307,7 @@ def _plots(
     )  # fmt: skip
     yield "Roofline", f"roofline-{device}", ours, _draw_roofline
     for op in dict.fromkeys(row["op"] for row in shaped):
-        of_op = [bar for bar in _speedups(shaped) if bar["op"] == op]
+        of_op = [b for b in _speedups(shaped) if b["op"] == op and b["direction"] != "both"]
         yield f"{op}, by shape", f"speedup-{device}-{op}", of_op, _draw_bars
     for sweep in SWEEPS:
         swept = [pair for pair in rows if pair[0].get("sweep") == sweep]
@@ -385,7 +388,7 @@ def _draw_bars(figure: Any, bars: list[Row], label: str = "shape") -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("times as long as ours; left of the line ours is slower")
     handles = [axes.barh(0, 0, left=1, color=colour) for colour in COLOURS.values()]
-    axes.legend(handles, names, fontsize=8)
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8)
 
 
 def _draw_summary(figure: Any, bars: list[Row]) -> None:
@@ -433,6 +436,7 @@ def _draw_scaling(figure: Any, pairs: list[tuple[Row, dict[str, float]]]) -> Non
     figure.set_size_inches(8, 3.2 * ((len(cases) + 1) // 2))
     panels = figure.subplots((len(cases) + 1) // 2, min(2, len(cases)), squeeze=False).flat
     names = sorted({row["implementation"] for row, _ in pairs}, key=_order)
+    labelled: dict[str, Any] = {}
     for case, panel in zip(cases, panels, strict=False):
         for i, name in enumerate(names):
             for direction, style in (("forward", "-"), ("backward", "--")):
@@ -452,9 +456,12 @@ def _draw_scaling(figure: Any, pairs: list[tuple[Row, dict[str, float]]]) -> Non
         panel.set_ylim(bottom=0)
         panel.set_xlabel(SWEEPS[pairs[0][0]["sweep"]].axis, fontsize=8)
         panel.set_ylabel("% of the ceiling", fontsize=8)
-        panel.legend(fontsize=7)
+        labelled |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     for panel in panels:
         panel.set_visible(False)
+    shown = [name for name in names if name in labelled]
+    handles = [labelled[name] for name in shown]
+    figure.legend(handles, shown, loc="outside lower center", ncols=5, fontsize=8)
 
 
 def _draw_models(figure: Any, rows: list[Row]) -> None:
@@ -478,8 +485,9 @@ def _draw_models(figure: Any, rows: list[Row]) -> None:
     axes.set_yticklabels([" ".join(key) for key in groups], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
+    axes.margins(y=0.01)
     axes.set_xlabel("samples a second, relative to eager")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
 
 
 def readme_lines(runs: dict[str, list[Run]]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, bench, gpu, machine, report
+from benchmarks import accuracy, bench, gpu, machine, report, timing
 from benchmarks.baselines import Baseline, baselines
 from benchmarks.cases import CASES, cases_for
 from benchmarks.shapes import SHAPES, SWEEPS, Shape
@@ -126,6 +126,7 @@ def test_a_run_writes_what_it_measured(tmp_path, capsys):
 def test_a_run_out_of_time_says_what_is_missing(tmp_path, monkeypatch, capsys):
     only(monkeypatch, "eager")
     monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(bench, "_host_cost", dict)
     code = bench.main(["gelu", "swiglu", "--seconds", "0", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "ops.json").read_text())
     assert code == 0
@@ -278,6 +279,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
     """What crashed the process is a failure, what was measured stays, the rest is measured."""
     only(monkeypatch, "eager")
     monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(bench, "_host_cost", dict)
     arguments = ["gelu", "swiglu", "--shape", "tiny-image", "--out", str(tmp_path)]
     path, save = tmp_path / "ops.json", bench.save
 
@@ -312,6 +314,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
 def test_a_lost_context_ends_the_run_and_says_so(tmp_path, monkeypatch, capsys):
     only(monkeypatch, "eager")
     monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(bench, "_host_cost", dict)
     monkeypatch.setattr(bench, "lost", lambda device: True)
     bench.main(["gelu", "swiglu", "--shape", "tiny-image", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "ops.json").read_text())
@@ -378,11 +381,42 @@ def test_absent_baselines_have_a_reason():
 
 def test_timing_counts_one_call():
     calls = []
-    timing = timed([lambda: calls.append(1)] * 3, "cpu", seconds=0.0, least=4)
-    assert len(timing.samples) == 4
-    assert timing.columns["timed_by"] == "clock"
-    assert timing.columns["ms"] == 1e3 * timing.median
+    found = timed([lambda: calls.append(1)] * 3, "cpu", seconds=0.0, least=4)
+    assert len(found.samples) == 4
+    assert found.columns["timed_by"] == "clock"
+    assert found.columns["ms"] == 1e3 * found.median
     assert len(calls) == 3 * (2 + 4)
+
+
+@pytest.mark.parametrize(("graph", "seconds"), [(True, 3e-6), (False, 23e-6)])
+def test_a_sample_on_a_gpu_is_long_and_counts_one_call(monkeypatch, graph, seconds):
+    """A call of 3 us that Python takes 20 us to launch: many to a sample, else events and launch count."""
+    clock, launch, durations = [0.0], [20e-6], []
+
+    def call() -> None:
+        clock[0] += 3e-6 + launch[0]
+
+    def captured(run):
+        def replay() -> None:
+            launch[0] = 0.0
+            run()
+            launch[0] = 20e-6
+
+        return replay if graph else None
+
+    def sample(run, device: str) -> float:
+        start = clock[0]
+        run()
+        durations.append(clock[0] - start)
+        return durations[-1]
+
+    monkeypatch.setattr(timing, "captured", captured)
+    monkeypatch.setattr(timing, "_sample", sample)
+    found = timing.timed([call] * 5, "cuda")
+    assert found.by == ("graph" if graph else "events")
+    assert found.median == pytest.approx(seconds)
+    assert min(durations[-len(found.samples) :]) >= timing.SAMPLE
+    assert sum(durations) < 0.2
 
 
 def test_outputs_are_kept_to_the_end_of_a_pass():
@@ -634,7 +668,7 @@ def test_the_committed_pages_are_what_the_committed_results_give():
 
 
 MACHINE = {"device": "NVIDIA H200", "commit": "abc"}
-CEILINGS = {"copy_gbps": 4000.0, "matmul_tflops": 800.0, "launch_us": 2.0}
+CEILINGS = {"copy_gbps": 4000.0, "matmul_tflops": 800.0, "launch_us": 4.0, "graph_launch_us": 1.5}
 
 
 def op_run() -> report.Run:
@@ -684,11 +718,11 @@ def test_the_report_shows_losses_and_what_was_not_measured():
     text = report.page({"h200": [op_run(), model_run()]})
     # 10^9 bytes in 1 ms: 1000 GB/s of 4000; the inaccurate one does not count as the best other
     assert (
-        "| s | forward | 1000 GB/s | 25.0% | 0.50x | 3.0 | 1.0000 | 4.0000† (4.00x) | 0.5000 (0.50x) |"
+        "| s | forward | 1000 GB/s | 25.0% | 0.50x | 3 | 1.0000 | 4.0000† (4.00x) | 0.5000 (0.50x) |"
         " 0.1000* (0.10x) |" in text
     )
-    assert "| s | backward | 500 GB/s | 12.5% | 1.50x | 3.0 | 2.0000 |" in text
-    assert "Saved for the backward, MiB. s: triton 2.0, eager 2.0, compile 2.0; tokens 256:" in text
+    assert "| s | backward | 500 GB/s | 12.5% | 1.50x | 3 | 2.0000 |" in text
+    assert "Saved for the backward, MiB. s: triton 2, eager 2, compile 2; tokens 256:" in text
     assert "- cuda: not built (adaln s)" in text
     assert "### sweeps over tokens" in text
     assert "- flex in adaln s: RuntimeError: no" in text
@@ -708,7 +742,25 @@ def test_the_report_shows_losses_and_what_was_not_measured():
     assert "Not measured on a GPU yet" in nothing
     assert "| adaln | 27.8 |" in nothing
     assert "| measured |" not in nothing
-    assert "images/" not in nothing
+    assert "A CPU run shows that the suite works, and nothing about the kernels." in nothing
+
+
+def test_a_folder_of_runs_has_its_own_report(tmp_path, capsys):
+    """A CPU's too, marked as one."""
+    run = op_run()
+    run["machine"] = {**MACHINE, "device": "CPU (x86_64)"}
+    run["rows"] = [row for row in run["rows"] if "sweep" not in row]
+    (tmp_path / "ops.json").write_text(json.dumps(run))
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("## CPU (x86_64)\n\nA CPU run shows that")
+    assert "| s | forward | 1000 GB/s |" in text
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / line.partition("](")[2].rstrip(")")).is_file()
+    assert "images/roofline-cpu.png" in text
+    assert report.main([str(tmp_path / "images")]) == 2
+    assert "no run in" in capsys.readouterr().err
 
 
 def test_only_runs_are_read(tmp_path):
