@@ -139,6 +139,7 @@ def attention(
 @adapts(
     "Flux2ParallelSelfAttnProcessor",
     "fca0401304cb",
+    "5587257c5a05",  # to 0.39
     kind="qk_norm_rope",
     rows=qk_rows("norm_q", "norm_k"),
     covers=("norm_q", "norm_k"),

@@ -116,6 +116,9 @@ class Fused:
         """Norm and rotation of q and k [B, N, H, D]"""
         own = norm_of(norm_q)
         cos, sin = rotation or (None, None)
+        if cos is not None and sin is not None and q.dtype != torch.float64:
+            # some models make their angles in float64, which no kernel reads
+            cos, sin = (t.float() if t.dtype == torch.float64 else t for t in (cos, sin))
         arguments = {"norm": None} if own is None else {"norm": own["norm"], "eps": own["eps"]}
         if own is not None:
             arguments |= {"q_weight": own["weight"], "q_bias": own["bias"]}

@@ -46,6 +46,7 @@ NORMS = (
 @adapts(
     "LTX2VideoTransformerBlock",
     "879546c7a693",
+    "e4f05c1cb336",  # to 0.39
     kind="adaln",
     rows=norm_rows(
         *((norm, "adaln" if norm.endswith("norm1") else "gated_adaln") for norm in NORMS),

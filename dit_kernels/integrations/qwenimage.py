@@ -72,6 +72,8 @@ def block(
 @adapts(
     "QwenDoubleStreamAttnProcessor2_0",
     "96ab5de01880",
+    "52010537c9fb",  # 0.40, 0.41
+    "57152ce3a0b1",  # 0.39
     kind="qk_norm_rope",
     rows=qk_rows("norm_q", "norm_k", "norm_added_q", "norm_added_k"),
     covers=("norm_q", "norm_k", "norm_added_q", "norm_added_k"),

@@ -5,6 +5,8 @@ Every weight is random, also those that training starts at zero (gates, last lay
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,10 @@ import diffusers
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 from torch import Tensor, nn
+
+import dit_kernels
+from dit_kernels import testing
+from dit_kernels.integrations import checking
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,48 @@ def output(model: nn.Module, given: dict[str, Any]) -> Tensor:
         out = out[0]
     # video and audio; or a batch of images of different sizes
     return torch.cat([o.flatten() for o in out]) if isinstance(out, (tuple, list)) else out
+
+
+def double(value: object) -> object:
+    """The same inputs in float64, for the oracle."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.double()
+    if isinstance(value, (tuple, list)):
+        return type(value)(double(v) for v in value)
+    return {k: double(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def assert_patched_is_accurate(small: Small, dtype: torch.dtype, check: bool = True) -> None:
+    """The patched model's result and all its gradients, by the accuracy rule."""
+    model, given = build(small, dtype), inputs(small, dtype)
+    oracle_model = copy.deepcopy(model).double()
+    patched = copy.deepcopy(model)
+    report = dit_kernels.patch(patched, check=check)
+    assert Counter(op for _, op in report.replaced) == small.rows
+
+    def run(one: torch.nn.Module, values: dict) -> dict[str, torch.Tensor]:
+        out = output(one, values)
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+        out.backward(cotangent.to(out.dtype))
+        grads = {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
+        return {"output": out.detach(), **grads}
+
+    with checking.InFloat64():
+        oracle = run(oracle_model, double(given))
+    eager, actual = run(model, given), run(patched, given)
+    assert actual.keys() == eager.keys() == oracle.keys()
+    testing.assert_accurate(actual["output"], oracle["output"], eager["output"])
+
+    def together(of: dict[str, torch.Tensor]) -> torch.Tensor:
+        """All gradients, each in parts of its largest value."""
+        grads = [
+            of[n].double() / oracle[n].abs().max() for n in oracle if oracle[n].abs().max() > 0
+        ]
+        return torch.cat([g.flatten() for g in grads])
+
+    sides = (together(actual), together(oracle), together(eager))
+    testing.assert_accurate(*sides, "gradients", dtype=dtype)
+    assert not [reason for _, reason in report.left if "put back" in reason]
 
 
 def image_ids(height: int, width: int) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from small_models import SMALL
 
 import dit_kernels
 from dit_kernels.integrations import inspection, sites
@@ -82,3 +83,9 @@ def test_the_report_of_a_config(tmp_path: Path) -> None:
         inspection.report_of_config(config)
     with pytest.raises(ValueError, match=r"is no config.json and no folder of a diffusers model"):
         inspection.report_of_config(tmp_path / "nothing")
+
+
+def test_every_family_of_the_support_matrix_is_tested_small() -> None:
+    assert {small.kind for small in SMALL.values()} >= {
+        name for name, _ in inspection.MATRIX.values()
+    }
