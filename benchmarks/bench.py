@@ -396,9 +396,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not wanted:
         print("dit-kernels bench: none of these cases has one of these shapes", file=sys.stderr)
         return 2
+    end = time.monotonic() + given.seconds
     path = result_file(given.out, given.name or ("sweeps" if sweeps else "ops"), device)
     result, done = opened(path, device, resume=given.resume)
-    rows = run(device, wanted, getattr(torch, given.dtype), given.seconds, done)
+    rows = run(device, wanted, getattr(torch, given.dtype), end - time.monotonic(), done)
     failed = write_rows(path, result, rows, describe)
     if device == "cpu" and not sweeps:
         result["host_us"] = _host_cost()

@@ -552,10 +552,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    end = time.monotonic() + given.seconds
     wanted = tasks(device, given.models, given.mode or MODES)
     path = result_file(given.out, given.name, device)
     result, done = opened(path, device, resume=given.resume)
-    failed = write_rows(path, result, run(wanted, device, given.seconds, done), describe)
+    rows = run(wanted, device, end - time.monotonic(), done)
+    failed = write_rows(path, result, rows, describe)
     closing(result, path)
     return 1 if failed else 0
 
