@@ -321,13 +321,17 @@ def download(folder: Path) -> int:
 def install(folder: Path, site: Path) -> int:
     """Each wheel of the folder for itself, without a network; exit code 1 if one does not fit this Python."""
     command = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    code = 0
-    for wheel in sorted(folder.glob("*.whl")):
+    left_out = []
+    wheels = sorted(folder.glob("*.whl"))
+    for wheel in wheels:
         options = ("--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site))
         result = subprocess.run([*command, *options, str(wheel)], check=False)
         print(f"{'installed' if result.returncode == 0 else 'NOT installed'}: {wheel.name}")
-        code |= result.returncode
-    return code
+        if result.returncode:
+            left_out.append(wheel.name.partition("-")[0])
+    names = f", not {', '.join(left_out)}" if left_out else ""
+    print(f"{len(wheels) - len(left_out)} of {len(wheels)} wheels installed{names}")
+    return int(bool(left_out))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -323,4 +323,5 @@ def test_wheels_are_installed_one_by_one(tmp_path, capfd):
     printed = capfd.readouterr().out
     assert "installed: fits-1.0" in printed
     assert "NOT installed: other-1.0" in printed
+    assert printed.endswith("1 of 2 wheels installed, not other\n")
     assert (tmp_path / "site" / "fits.py").read_text() == "value = 7"

@@ -459,12 +459,12 @@ import sys
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 ABSENT = {"safetensors", "typer", "rich", "diffusers", "av", "PIL", "sklearn", "matplotlib",
-          "pytest_benchmark", "transformers"}
+          "pytest_benchmark", "transformers", "numpy"}
 def found(cls, name, *args):
     return None if name.partition(".")[0] in ABSENT else find(name, *args)
 PathFinder.find_spec = classmethod(found)
 import torch
-from benchmarks import audit, bench, bench_models, gpu, peers
+from benchmarks import audit, audit_cuda, bench, bench_models, gpu, peers, report, tune, warm
 from dit_kernels.models import DiT
 DiT(hidden_size=64, depth=1, num_heads=2, input_size=(1, 8, 8))
 assert bench_models._no_diffusers() == "diffusers is not installed"
@@ -597,6 +597,18 @@ def test_a_benchmark_s_file_is_the_one_that_is_looked_into():
                 if word in ("adaln", "attention", "rest", "sweeps", "models")
             ]
             assert stage.result.removesuffix(".json") in parser
+
+
+def test_tiles_that_were_committed_are_used(tmp_path, monkeypatch):
+    """A later run on the machine picks its stages: without them it would time other tiles."""
+    committed = tmp_path / "results"
+    committed.mkdir()
+    (committed / "tuned.json").write_text("{}")
+    monkeypatch.setattr(machine, "results", lambda device: committed)
+    monkeypatch.setattr(gpu, "STAGES", (gpu.Stage("one", python("print(1)"), 1),))
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    gpu.main([])
+    assert (tmp_path / "out" / "tuned.json").read_text() == "{}"
 
 
 def test_stages_share_the_tuned_tiles_and_the_path(tmp_path, monkeypatch, capsys):
