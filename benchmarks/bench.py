@@ -309,6 +309,18 @@ def compare(old: Path, new: Path) -> list[str]:
     return head + [line for _, line in sorted(lines)]
 
 
+def _no_run(path: Path) -> str | None:
+    if not path.is_file():
+        return "is no file"
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        return f"is not JSON: {error}"
+    if not isinstance(content, dict) or "rows" not in content:
+        return "is not of a benchmark: it has no rows"
+    return None
+
+
 def task_key(row: Row) -> tuple[str, ...]:
     """What is measured at a time; rows of ops and of models."""
     keys = ("case", "model", "mode", "measure", "shape", "implementation", "dtype")
@@ -377,10 +389,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     if given.compare:
-        missing = [path for path in given.compare if not path.is_file()]
-        if missing:
-            print(f"dit-kernels bench: no such file: {missing[0]}", file=sys.stderr)
-            return 2
+        for path in given.compare:
+            if reason := _no_run(path):
+                print(f"dit-kernels bench: {path} {reason}", file=sys.stderr)
+                return 2
         print("\n".join(compare(*given.compare)) or "nothing moved by more than the runs' spread")
         return 0
     known = {case.name for case in CASES} | {case.op for case in CASES}

@@ -361,8 +361,12 @@ def test_compare_shows_what_moved_by_more_than_the_spread(tmp_path):
 def test_wrong_words_are_one_line_and_exit_code_2(tmp_path, capsys):
     assert bench.main(["adalm"]) == 2
     assert "no case 'adalm'; there are adaln," in capsys.readouterr().err
-    assert bench.main(["--compare", str(tmp_path / "x"), str(tmp_path / "y")]) == 2
-    assert "no such file" in capsys.readouterr().err
+    wrong = {"absent": "is no file", "broken": "is not JSON: Expecting", "other": "has no rows"}
+    (tmp_path / "broken").write_text("{")
+    (tmp_path / "other").write_text('{"tiles": {}}')
+    for name, reason in wrong.items():
+        assert bench.main(["--compare", str(tmp_path / name), str(tmp_path / name)]) == 2
+        assert reason in capsys.readouterr().err
     assert bench.main(["attention-window", "--shape", "dit-xl-256"]) == 2
     assert "none of these cases has one of these shapes" in capsys.readouterr().err
     assert bench.main(["models", "DiT-XXL"]) == 2
