@@ -499,9 +499,11 @@ def closing(result: Row, path: Path) -> None:
 
 
 def save(path: Path, result: Row) -> None:
-    """Whole or not at all, also when the run is killed meanwhile."""
+    """Whole or not at all, also when the run is killed meanwhile; a line a row."""
+    head = {name: value for name, value in result.items() if name != "rows"}
+    rows = ",\n".join(map(json.dumps, result["rows"]))
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1))
+    part.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n{rows}\n]}}\n')
     part.replace(path)
 
 

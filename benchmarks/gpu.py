@@ -230,7 +230,9 @@ def _run(stage: Stage, out: Path, log: Path, limit: float) -> str:
     start = time.monotonic()
     first = log.stat().st_size
     more: tuple[str, ...] = ()
+    result = out / (stage.result or "none")
     while True:
+        before = result.read_bytes() if result.is_file() else b""
         left = limit - (time.monotonic() - start)
         # the benchmarks stop by themselves before they are stopped, so that their last row is whole
         filled = {
@@ -242,7 +244,7 @@ def _run(stage: Stage, out: Path, log: Path, limit: float) -> str:
         for leftover in (*out.glob("*.part"), *out.glob("tuned.json.*")):
             leftover.unlink()  # of a process that was killed while it wrote
         left = limit - (time.monotonic() - start)
-        if left < 2 * GRACE or not _cut_off(out / stage.result if stage.result else None):
+        if left < 2 * GRACE or not _cut_off(result, before):
             break
         more = ("--resume",)
     seconds = time.monotonic() - start
@@ -279,9 +281,10 @@ def _ended(
                 process.wait(timeout=GRACE)
 
 
-def _cut_off(result: Path | None) -> bool:
+def _cut_off(result: Path, before: bytes) -> bool:
     """Whether a measurement ended the process, or left a GPU on which no other can run."""
-    return bool(result and result.is_file() and "begun" in json.loads(result.read_text()))
+    content = result.read_bytes() if result.is_file() else before
+    return content != before and "begun" in json.loads(content)
 
 
 if __name__ == "__main__":

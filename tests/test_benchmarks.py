@@ -226,6 +226,16 @@ def test_what_is_compared_fits_a_gpu(name, shape, expected):
     assert accuracy.reach(case, SHAPES[shape], "cuda") == expected
 
 
+def test_what_is_compared_is_what_is_timed():
+    """With a gradient of the rotation's tables torch.compile would compile another backward."""
+    case = next(case for case in CASES if case.name == "qk_norm_rope")
+    arguments = case.arguments(SHAPES["tiny-video"], torch.bfloat16, "cpu", 0)
+    (reference,) = (b for b in baselines("cpu") if b.name == "reference")
+    found = accuracy.compared(case, arguments, reference, reference.call(case, arguments))
+    assert {a.tensor for a in found} == {"out0", "out1", "dq", "dk", "dq_weight", "dk_weight"}
+    assert all(a.ok and a.allowed > 0 for a in found)
+
+
 def test_every_case_of_attention_has_an_oracle_of_rows():
     """At the sizes of the sweeps, up to 131072 tokens, no other oracle fits."""
     for case in CASES:
