@@ -73,7 +73,7 @@ peers: $(INSTALLED) ## Wheels of outside kernels into peers/, which `make gpu` i
 report: $(INSTALLED) ## docs/benchmarks.md and its plots, from the committed results
 	$(BIN)/python -m benchmarks.report
 
-versions: $(INSTALLED) ## Tests of `patch` with other releases of diffusers; the table in docs/diffusers.md
+versions: $(INSTALLED) ## Tests of `patch` with other releases of diffusers, and with torchao; docs/diffusers.md
 	$(BIN)/python tests/integrations/versions.py
 
 codec: $(INSTALLED) ## Train the shipped codec again (ten minutes on two cores; resumes)

@@ -206,3 +206,131 @@ def attention15(
     if getattr(self, "to_add_out", None) is not None:
         text = self.to_add_out(text)
     return out, text
+
+
+# Image to video: the tokens of the first frame, which is given, have modulation of their own.
+
+
+def first_frame_rows(x: Tensor, first: int) -> Tensor:
+    """row_index [B, N] into rows [2B, C]: sample b's own at b, its first frame's at B + b."""
+    samples = torch.arange(x.shape[0], device=x.device)[:, None]
+    in_first = torch.arange(x.shape[1], device=x.device) < first
+    return (samples + x.shape[0] * in_first).int()
+
+
+def both(own: Tensor, first: Tensor) -> Tensor:
+    return torch.cat([own, first])
+
+
+@adapts(
+    "HunyuanVideoTokenReplaceAdaLayerNormZero",
+    "7fdbb0cbb740",
+    "6383a83b4b36",
+    kind="adaln",
+    rows=norm_rows("norm"),
+    covers=("norm",),
+)
+def token_replace_norm(
+    fused: Fused,
+    self: Any,
+    hidden_states: Tensor,
+    emb: Tensor,
+    token_replace_emb: Tensor,
+    first_frame_num_tokens: int,
+) -> Any:
+    x = hidden_states
+    emb, first = (self.linear(self.silu(e)) for e in (emb, token_replace_emb))
+    if not keeps_dtype(x, emb, first):
+        return NotImplemented
+    parts = emb.shape[-1] // x.shape[-1]  # 6; 3 in a single block
+    shift, scale, *rest = emb.chunk(parts, dim=1)
+    first_shift, first_scale, *first_rest = first.chunk(parts, dim=1)
+    y = fused.adaln(
+        self.norm,
+        x,
+        both(shift, first_shift),
+        both(scale, first_scale),
+        row_index=first_frame_rows(x, first_frame_num_tokens),
+    )
+    return y, *rest, *first_rest
+
+
+@adapts(
+    "HunyuanVideoTokenReplaceTransformerBlock",
+    "8f9c6961caef",
+    kind="adaln",
+    rows=norm_rows(
+        ("norm2", "gated_adaln"),
+        ("norm2_context", "gated_adaln"),
+        ("ff", "gated_residual"),
+        ("ff_context", "gated_residual"),
+    ),
+    covers=("norm2", "norm2_context"),
+)
+def token_replace_block(
+    fused: Fused,
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Any = None,
+    freqs_cis: Any = None,
+    token_replace_emb: Any = None,
+    num_tokens: Any = None,
+) -> Any:
+    x, text = hidden_states, encoder_hidden_states
+    if not (keeps_dtype(x, temb, token_replace_emb) and keeps_dtype(text, temb)):
+        return NotImplemented
+    y, *modulation = self.norm1(x, temb, token_replace_emb, num_tokens)
+    gate, shift_mlp, scale_mlp, gate_mlp = map(both, modulation[:4], modulation[4:])
+    row_index = first_frame_rows(x, num_tokens)
+    c_y, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(text, emb=temb)
+    branch, c_branch = self.attn(
+        hidden_states=y,
+        encoder_hidden_states=c_y,
+        attention_mask=attention_mask,
+        image_rotary_emb=freqs_cis,
+    )
+    x, y = fused.gated_adaln(self.norm2, x, branch, gate, shift_mlp, scale_mlp, row_index=row_index)
+    text, c_y = fused.gated_adaln(
+        self.norm2_context, text, c_branch, c_gate, c_shift_mlp, c_scale_mlp
+    )
+    branch, c_branch = self.ff(y), self.ff_context(c_y)
+    x = fused.gated_residual(x, branch, gate_mlp, row_index=row_index)
+    return x, fused.gated_residual(text, c_branch, c_gate_mlp)
+
+
+@adapts(
+    "HunyuanVideoTokenReplaceSingleTransformerBlock",
+    "c28de5cd7f1c",
+    kind="adaln",
+    rows=lambda block: [("proj_out", "gated_residual")],
+)
+def token_replace_single_block(
+    fused: Fused,
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Any = None,
+    image_rotary_emb: Any = None,
+    token_replace_emb: Any = None,
+    num_tokens: Any = None,
+) -> Any:
+    if not keeps_dtype(hidden_states, temb, token_replace_emb):
+        return NotImplemented
+    length = encoder_hidden_states.shape[1]
+    x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+    y, gate, first_gate = self.norm(x, temb, token_replace_emb, num_tokens)
+    mlp = self.act_mlp(self.proj_mlp(y))
+    branches = self.attn(
+        hidden_states=y[:, :-length],
+        encoder_hidden_states=y[:, -length:],
+        attention_mask=attention_mask,
+        image_rotary_emb=image_rotary_emb,
+    )
+    branch = self.proj_out(torch.cat([torch.cat(branches, dim=1), mlp], dim=2))
+    x = fused.gated_residual(
+        x, branch, both(gate, first_gate), row_index=first_frame_rows(x, num_tokens)
+    )
+    return x[:, :-length], x[:, -length:]

@@ -24,6 +24,7 @@ MATRIX: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen-Image": ("QwenImageTransformer2DModel", {}),
     "CogVideoX": ("CogVideoXTransformer3DModel", dict(use_rotary_positional_embeddings=True)),
     "HunyuanVideo": ("HunyuanVideoTransformer3DModel", {}),
+    "HunyuanVideo I2V": ("HunyuanVideoTransformer3DModel", dict(image_condition_type="token_replace")),
     "HunyuanVideo 1.5": ("HunyuanVideo15Transformer3DModel", {}),
     "Wan 2.1, 2.2": ("WanTransformer3DModel", {}),
     "LTX-Video": ("LTXVideoTransformer3DModel", {}),

@@ -76,10 +76,11 @@ def test_fsdp2(order: str) -> None:
 
 
 def test_torchao() -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+    # not among this repository's packages: diffusers imports it wherever it is, which takes seconds
+    # and prints warnings. `make versions` fetches it for this test.
+    quantization = pytest.importorskip("torchao.quantization")
     model, given = build(WAN, torch.bfloat16), inputs(WAN, torch.bfloat16)
-    quantize_(model, Int8WeightOnlyConfig())
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     kind = type(model.blocks[0].ffn.net[2].weight)
     assert kind is not nn.Parameter
     report = dit_kernels.patch(model)

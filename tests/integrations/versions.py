@@ -1,6 +1,6 @@
-"""Run the tests of `patch` with other releases of diffusers, and write down what passed.
+"""Run the tests of `patch` with other releases of diffusers, and with torchao; write down what passed.
 
-`make versions`; or: python tests/integrations/versions.py 0.41.0 0.42.1
+`make versions`; or: python tests/integrations/versions.py diffusers==0.41.0 torchao==0.18.0
 """
 
 from __future__ import annotations
@@ -14,29 +14,34 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "diffusers.md"
-RELEASES = ("0.39.0", "0.40.0", "0.41.0", "0.42.1")
-TESTS = "tests/integrations/test_patch.py"
+RELEASES = tuple(f"diffusers=={release}" for release in ("0.39.0", "0.40.0", "0.41.0", "0.42.1"))
+TESTS = {
+    "diffusers": ["tests/integrations/test_patch.py"],
+    "torchao": ["tests/integrations/test_wrappers.py", "-k", "torchao"],
+}
 
 
 def tests_with(release: str, folder: str) -> str:
     """pytest's closing line, with this release before the installed one on the path."""
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
-    subprocess.run([*install, f"diffusers=={release}"], check=True)
+    subprocess.run([*install, release], check=True)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", TESTS],
+        [sys.executable, "-m", "pytest", "-q", *TESTS[release.split("==")[0]]],
         env={**os.environ, "PYTHONPATH": folder},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     lines = run.stdout.strip().splitlines()
-    print(f"diffusers {release}: {lines[-1]}", flush=True)
-    return re.sub(r" in .*", "", lines[-1].strip("= "))
+    print(f"{release}: {lines[-1]}", flush=True)
+    return re.sub(
+        r",? [\d]+ (warnings?|deselected)|, [\d]+ deselected| in .*", "", lines[-1].strip("= ")
+    )
 
 
 def main() -> None:
-    rows = ["| diffusers | tests of every family of the table above |", "|---|---|"]
-    for release in sys.argv[1:] or RELEASES:
+    rows = ["| release | tests of patched models |", "|---|---|"]
+    for release in sys.argv[1:] or (*RELEASES, "torchao==0.18.0"):
         with tempfile.TemporaryDirectory() as folder:
             rows.append(f"| {release} | {tests_with(release, folder)} |")
     table = "\n".join(rows)
