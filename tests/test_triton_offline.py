@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ def gated(samples: int, tokens: int, groups: int | None = None, channels: int = 
     out, y = ops.gated_adaln(residual, branch, gate, shift, scale, backend="triton")
     cotangents = [torch.empty_like(out), torch.empty_like(y)]
     torch.autograd.grad([out, y], [residual, branch, mod], cotangents)
+
+
+def test_the_interpreters_correction_is_not_loaded():
+    """It is for TRITON_INTERPRET=1 alone; see tests/triton/test_triton_interpreter.py."""
+    assert "dit_kernels.ops.triton_interpreter" not in sys.modules
 
 
 EXAMPLES = [case for case in testing.cases(torch.bfloat16) if case.op == "adaln"]

@@ -4,8 +4,8 @@ The interpreter keeps bfloat16 as raw uint16. Upstream (3.6 to 3.9) it truncates
 instead of rounding to nearest even, and computes sums, products and `tl.dot` on the raw bits. Here the
 conversion rounds, `tl.dot` widens its operands, and every other arithmetic on bfloat16 is an error:
 a kernel computes in float32. A float32 `tl.dot` is rounded once: numpy's product rounds an element by its
-place in the tile, so that a backward would not find the scores of its forward, as it does on a GPU. `tl.reduce` with a function of its own, which upstream calls for every
-element, works on halves of the axis.
+place in the tile, so that a backward would not find the scores of its forward, as it does on a GPU.
+`tl.reduce` with a function of its own, which upstream calls for every element, works on halves of the axis.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def install() -> None:
     _builder.cast_impl = _cast_impl
     for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_erf", "create_rsqrt"):
         setattr(_builder, name, _not_on_bfloat16(getattr(_builder, name)))
+    if hasattr(_builder, "create_dot_scaled"):  # since 3.9
+        _builder.create_dot_scaled = _not_on_bfloat16(_builder.create_dot_scaled)
     _builder.create_atomic_rmw = _not_on_bfloat16(_builder.create_atomic_rmw)
     interpreter.ReduceScanOpInterface.apply = _not_on_bfloat16(
         interpreter.ReduceScanOpInterface.apply

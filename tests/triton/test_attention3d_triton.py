@@ -250,6 +250,26 @@ def test_only_the_gradients_asked_for(wanted):
     assert (triton_backward.attention3d_dq_kernel in launched) == ("q" in wanted)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [{}, dict(grid=(2, 3, 5), window_size=(2, 2, 3), causal_time=True)],
+    ids=["dense", "window"],
+)
+def test_dk_and_dv_of_a_launch_each(form, monkeypatch):
+    """As where the two don't fit the registers together: the same bits."""
+    kwargs = {**qkv(1, 30, 2, 112, kv_heads=1, dtype=torch.bfloat16), **form}
+    launched = []
+    launch = triton_launch.launch
+    monkeypatch.setattr(
+        triton_launch, "launch", lambda k, *a, **o: launched.append(k) or launch(k, *a, **o)
+    )
+    together = testing.run("attention3d", kwargs, backend="triton").all()
+    monkeypatch.setattr(backend, "_apart", lambda *_: True)
+    apart = testing.run("attention3d", kwargs, backend="triton").all()
+    assert launched.count(triton_backward.attention3d_dkdv_kernel) == 1 + 2
+    assert all(torch.equal(apart[name], together[name]) for name in together)
+
+
 def test_same_bits_in_every_run():
     kwargs = dict(
         **qkv(1, 60, 4, 16, kv_heads=2, dtype=torch.bfloat16), grid=(3, 4, 5), window_size=(2, 3, 3)

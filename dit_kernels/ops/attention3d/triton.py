@@ -42,13 +42,14 @@ _TABLE: dict[str, dict[str, tuple[tuple[int, Config, Config], ...]]] = {
         ),
         "dq": (
             (64, Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
-            (96, Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+            (112, Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
             (128, Config(64, 64, 4, 2), Config(64, 32, 8, 2)),
             (256, Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
         ),
         "dkdv": (
             (64, Config(32, 64, 4, 2), Config(16, 64, 8, 2)),
             (96, Config(32, 64, 8, 1), Config(16, 64, 8, 2)),
+            (112, Config(32, 64, 8, 2), Config(32, 64, 8, 2)),
             (128, Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
             (256, Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
         ),
@@ -144,9 +145,14 @@ for _kernel in ("fwd", "dq", "dkdv"):
     triton_tuning.CANDIDATES[f"attention3d.{_kernel}"] = functools.partial(_candidates, _kernel)
 
 
-def _apart(dim: int, dtype: torch.dtype, cubes: bool) -> bool:
-    """Whether dk and dv take a launch each: together, with the masks of cubes, they don't fit the registers."""
-    return cubes and dim > 128 and dtype != torch.float32
+def _apart(dim: int, dtype: torch.dtype, cubes: bool, architecture: str) -> bool:
+    """Whether dk and dv take a launch each: where together they don't fit the registers.
+
+    Above 128 that is with the masks of cubes; on sm_80, for head dims of three parts.
+    """
+    if dtype == torch.float32:
+        return False
+    return (cubes and dim > 128) or (architecture == "sm_80" and len(parts(dim)) == 3)
 
 
 @functools.cache
@@ -427,7 +433,7 @@ def backward(
         x.new_empty(x.shape) if need else None for x, need in zip((k, v), needs[1:3], strict=True)
     )
     if needs[1] or needs[2]:
-        apart = _apart(dim, q.dtype, call.windowed)
+        apart = _apart(dim, q.dtype, call.windowed, triton_launch.architecture(q.device))
         for results in ([dk, None], [None, dv]) if apart else ([dk, dv],):
             if any(result is not None for result in results):
                 run(triton_backward.attention3d_dkdv_kernel, "dkdv", results)
