@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import timing
 from benchmarks.cases import cases_for
 from benchmarks.shapes import SHAPES, SWEEPS
 from dit_kernels import backends, ops, testing
@@ -43,19 +44,17 @@ def who_serves(case: testing.Case, backend: str) -> str:
 
 def replayed(run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What a CUDA graph of `run` gives when it is replayed over results that were wiped."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    for value in captured.values():
+    found: dict[str, Tensor] = {}
+
+    def kept() -> None:
+        found.update(run())
+
+    replay = timing.captured(kept)
+    assert replay is not None, "it waits for the GPU, or else can't be captured"
+    for value in found.values():
         value.detach().zero_()
-    graph.replay()
-    return captured
+    replay()
+    return found
 
 
 @pytest.mark.parametrize(("name", "backend"), KERNELS, ids=lambda value: value)
