@@ -501,6 +501,15 @@ X, T = torch.randn(2, 3, 4, 8, 8), torch.rand(2)
             "DiT: pos_embed must be one of ('sincos', 'rope'); got 'learned'",
         ),
         (lambda: small(text_dim=8, text_mode="adaln"), "DiT: text_mode must be one of"),
+        (lambda: small(num_heads=0), "DiT: num_heads must be at least 1; got 0"),
+        (lambda: small(input_size=8), "DiT: input_size must be 3 ints (t, h, w); got 8"),
+        (lambda: small(patch_size=2), "DiT: patch_size must be 3 ints (t, h, w); got 2"),
+        (lambda: small(window_size=(2, 2)), "DiT: window_size must be 3 ints (t, h, w)"),
+        (lambda: small(stride=(1, 2, 2)), "DiT: stride needs window_size; got stride (1, 2, 2)"),
+        (
+            lambda: small(hidden_size=60, num_heads=4, pos_embed="rope"),
+            "a head must have an even number; got hidden_size 60 and num_heads 4",
+        ),
         (lambda: small(num_heads=3), "DiT: num_heads must divide hidden_size; got 3 and 64"),
         (
             lambda: small(hidden_size=72),
@@ -516,6 +525,11 @@ def test_errors_say_what_was_expected(call, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         call()
     assert message in str(caught.value)
+
+
+def test_an_unknown_name_says_which_there_are():
+    with pytest.raises(KeyError, match=r"DiT_models has no 'DiT-XL'; it has DiT-S/2, DiT-S/4"):
+        DiT_models["DiT-XL"]
 
 
 def test_a_text_mask_is_bool():

@@ -27,6 +27,7 @@ from dit_kernels.nn import (
     TimestepEmbedder,
     prefix_lengths,
 )
+from dit_kernels.ops.arguments import triple
 
 Grid = tuple[int, int, int]
 
@@ -95,24 +96,40 @@ class DiT(nn.Module):
         ):
             if value not in choices:
                 raise ValueError(f"DiT: {name} must be one of {choices}; got {value!r}")
+        for name, number in (
+            ("in_channels", in_channels), ("hidden_size", hidden_size), ("num_heads", num_heads),
+            ("window_every", window_every),
+        ):  # fmt: skip
+            if number < 1:
+                raise ValueError(f"DiT: {name} must be at least 1; got {number}")
         if hidden_size % num_heads:
             raise ValueError(
                 f"DiT: num_heads must divide hidden_size; got {num_heads} and {hidden_size}"
             )
-        if window_every < 1:
-            raise ValueError(f"DiT: window_every must be at least 1; got {window_every}")
+        if pos_embed == "rope" and hidden_size // num_heads % 2:
+            raise ValueError(
+                f"DiT: rope turns pairs of channels, so that a head must have an even number;"
+                f" got hidden_size {hidden_size} and num_heads {num_heads}"
+            )
+        if stride is not None and window_size is None:
+            raise ValueError(f"DiT: stride needs window_size; got stride {stride} alone")
+        input_size = triple("DiT", "input_size", input_size)
+        patch_size = triple("DiT", "patch_size", patch_size)
+        if window_size is not None:
+            window_size = triple("DiT", "window_size", window_size)
+        if stride is not None:
+            stride = triple("DiT", "stride", stride)
         self.config: dict[str, Any] = {
-            "input_size": tuple(input_size), "patch_size": tuple(patch_size), "in_channels": in_channels,
+            "input_size": input_size, "patch_size": patch_size, "in_channels": in_channels,
             "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio,
             "num_classes": num_classes, "learn_sigma": learn_sigma, "pos_embed": pos_embed,
             "qk_norm": qk_norm, "norm": norm, "text_dim": text_dim, "text_mode": text_mode,
-            "window_size": None if window_size is None else tuple(window_size),
-            "window_every": window_every, "stride": None if stride is None else tuple(stride),
+            "window_size": window_size, "window_every": window_every, "stride": stride,
             "rope_dims": None if rope_dims is None else tuple(rope_dims), "rope_theta": rope_theta,
             "class_dropout_prob": class_dropout_prob, "frequency_shift": frequency_shift,
             "norm2_eps": norm2_eps, "activation_checkpointing": activation_checkpointing,
         }  # fmt: skip
-        self.patch_size: Grid = (patch_size[0], patch_size[1], patch_size[2])
+        self.patch_size: Grid = patch_size
         self.in_channels, self.hidden_size = in_channels, hidden_size
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.text_mode = None if text_dim is None else text_mode
@@ -588,12 +605,17 @@ def _video(size: str, **options: Any) -> DiT:
     return DiT(**{**defaults, **options})
 
 
+class _Named(dict[str, Callable[..., DiT]]):
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(f"DiT_models has no {name!r}; it has {', '.join(self)}")
+
+
 # name -> constructor; any argument of DiT can be given in place of the named configuration's
-DiT_models: dict[str, Callable[..., DiT]] = {
-    **{
+DiT_models: dict[str, Callable[..., DiT]] = _Named(
+    {
         f"DiT-{size}/{patch}": functools.partial(_image, size, patch)
         for size in _SIZES
         for patch in (2, 4, 8)
-    },
-    **{f"video-{size}": functools.partial(_video, size) for size in _SIZES},
-}
+    }
+    | {f"video-{size}": functools.partial(_video, size) for size in _SIZES}
+)
