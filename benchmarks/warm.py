@@ -94,9 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.job is not None:
         job(wanted[given.job :: given.jobs], device, given.seconds)
         return 0
-    command = [sys.executable, "-m", "benchmarks.warm", *given_arguments]
+    command = [sys.executable, "-m", "benchmarks.warm", *given_arguments, "--jobs", str(given.jobs)]
+    # each would start as many compilers as there are cores
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     jobs = [
-        subprocess.Popen([*command, "--jobs", str(given.jobs), "--job", str(index)])
+        subprocess.Popen([*command, "--job", str(index)], env=environment)
         for index in range(min(given.jobs, len(wanted)))
     ]
     failed = sum(process.wait() != 0 for process in jobs)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, bench, gpu, machine, report, timing
+from benchmarks import accuracy, bench, gpu, machine, report, timing, warm
 from benchmarks.baselines import Baseline, baselines
 from benchmarks.cases import CASES, cases_for
 from benchmarks.shapes import SHAPES, SWEEPS, Shape
@@ -632,6 +632,37 @@ def test_stages_share_the_tuned_tiles_and_the_path(tmp_path, monkeypatch, capsys
     monkeypatch.delenv("DIT_KERNELS_TUNED", raising=False)
     assert gpu.main([]) == 0
     assert f"tiles at {tmp_path / 'tuned.json'}" in capsys.readouterr().out
+
+
+def test_what_is_compiled_ahead_is_ours_and_torch_compiles():
+    """No max-autotune: it measures, and the GPU is shared meanwhile."""
+    points = bench.points(["gelu", "attention-window"], ["wan-1.3b-480p"], [], "cuda")
+    found = [(point.case.name, baseline.name) for point, baseline in warm.pairs(points, "cuda")]
+    assert sorted(found) == [
+        ("attention-window", "compile"), ("attention-window", "flex"), ("attention-window", "triton"),
+        ("gelu", "compile"), ("gelu", "cuda"), ("gelu", "triton"),
+    ]  # fmt: skip
+
+
+def test_what_fails_to_compile_does_not_stop_the_others(capsys):
+    def made(name: str, call) -> Baseline:
+        return Baseline(name, lambda case: True, lambda *_: None, lambda *_: call)
+
+    seen = []
+
+    def right(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.requires_grad)
+        return x.tanh()
+
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such tile\nmore")
+
+    (point,) = bench.points(["gelu"], ["tiny-image"], [], "cpu")
+    warm.job([(point, made("wrong", wrong)), (point, made("right", right))], "cpu", 60.0)
+    printed = capsys.readouterr().out
+    assert "gelu tiny-image wrong: RuntimeError: no such tile\n" in printed
+    assert "gelu tiny-image right: compiled\n" in printed
+    assert {True, False} == set(seen)  # with a gradient and without one: two graphs
 
 
 def test_the_audit_is_of_a_target_it_has():
