@@ -412,12 +412,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = result_file(given.out, given.name or ("sweeps" if sweeps else "ops"), device)
     result, done = opened(path, device, resume=given.resume)
     rows = run(device, wanted, getattr(torch, given.dtype), end - time.monotonic(), done)
-    failed = write_rows(path, result, rows, describe)
-    if device == "cpu" and not sweeps:
+    code = write_rows(path, result, rows, describe)
+    if device == "cpu" and not sweeps and code != 130:
         result["host_us"] = _host_cost()
         save(path, result)
     closing(result, path)
-    return 1 if failed else 0
+    return code
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -463,22 +463,27 @@ def result_file(folder: Path | None, name: str, device: str) -> Path:
 def write_rows(
     path: Path, result: Row, rows: Iterator[Row], line: Callable[[Row, dict[str, float]], str]
 ) -> int:
-    """Write and print the rows as they come; how many of ours failed."""
-    for row in rows:
-        if "unfinished" in row:
-            result |= row
-            why = "the GPU's context is lost; --resume goes on" if "begun" in row else "out of time"
-            print(f"{why}: {row['unfinished']} not begun", flush=True)
-        elif "begun" in row:
-            result |= row
-        else:
-            result["rows"].append(row)
-            print(line(row, result["ceilings"]), flush=True)
-        save(path, result)  # as it goes: a run may be cut off
+    """Write and print the rows as they come; 1 where one of ours failed, 130 where it was interrupted."""
+    try:
+        for row in rows:
+            if "unfinished" in row:
+                result |= row
+                lost = "begun" in row
+                why = "the GPU's context is lost; --resume goes on" if lost else "out of time"
+                print(f"{why}: {row['unfinished']} not begun", flush=True)
+            elif "begun" in row:
+                result |= row
+            else:
+                result["rows"].append(row)
+                print(line(row, result["ceilings"]), flush=True)
+            save(path, result)  # as it goes: a run may be cut off
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on", flush=True)
+        return 130
     if result.get("begun"):
         del result["begun"]
         save(path, result)
-    return sum(row["implementation"].startswith(OURS) for row in _failed(result))
+    return int(any(row["implementation"].startswith(OURS) for row in _failed(result)))
 
 
 def _failed(result: Row) -> list[Row]:

@@ -561,9 +561,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = result_file(given.out, given.name, device)
     result, done = opened(path, device, resume=given.resume)
     rows = run(wanted, device, end - time.monotonic(), done)
-    failed = write_rows(path, result, rows, describe)
+    code = write_rows(path, result, rows, describe)
     closing(result, path)
-    return 1 if failed else 0
+    return code
 
 
 if __name__ == "__main__":

@@ -49,11 +49,8 @@ def compile_pair(point: bench.Point, baseline: Baseline, device: str) -> str:
     return "compiled"
 
 
-def job(wanted: Sequence[tuple[bench.Point, Baseline]], device: str, seconds: float) -> None:
-    end = time.monotonic() + seconds
+def job(wanted: Sequence[tuple[bench.Point, Baseline]], device: str) -> None:
     for point, baseline in wanted:
-        if time.monotonic() > end:
-            return
         start = time.monotonic()
         try:
             with bench.ended_after(120, device):
@@ -65,6 +62,22 @@ def job(wanted: Sequence[tuple[bench.Point, Baseline]], device: str, seconds: fl
         print(f"{took:6.1f} s  {what}: {state}", flush=True)
         if bench.lost(device):
             return
+
+
+def ended(jobs: Sequence[subprocess.Popen[bytes]], end: float) -> str:
+    """Wait for them, until then at most; what they have compiled stays on disk."""
+    failed, cut_off = 0, 0
+    try:
+        for process in jobs:
+            try:
+                failed += process.wait(timeout=max(0.0, end - time.monotonic())) != 0
+            except subprocess.TimeoutExpired:
+                cut_off += 1
+    finally:
+        for process in jobs:
+            process.kill()
+            process.wait()
+    return f"{len(jobs)} processes, {failed} failed, {cut_off} ended by the time"
 
 
 def forget_choices() -> int:
@@ -86,13 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes")
     parser.add_argument("--job", type=int, help="be this one of them")
-    parser.add_argument("--seconds", type=float, default=60, help="begin nothing new after these")
+    parser.add_argument("--seconds", type=float, default=600, help="for all; 600")
     given = parser.parse_args(given_arguments)
+    end = time.monotonic() + given.seconds
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = given.shape or bench.default_shapes(device, quick=True)
     wanted = pairs(bench.points(given.cases, shapes, [], device), device)
     if given.job is not None:
-        job(wanted[given.job :: given.jobs], device, given.seconds)
+        job(wanted[given.job :: given.jobs], device)
         return 0
     command = [sys.executable, "-m", "benchmarks.warm", *given_arguments, "--jobs", str(given.jobs)]
     # each would start as many compilers as there are cores
@@ -101,10 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subprocess.Popen([*command, "--job", str(index)], env=environment)
         for index in range(min(given.jobs, len(wanted)))
     ]
-    failed = sum(process.wait() != 0 for process in jobs)
-    print(f"{len(wanted)} to compile in {len(jobs)} processes, {failed} of which failed;"
-          f" {forget_choices()} choices forgotten")  # fmt: skip
-    return int(failed > 0)
+    try:
+        state = ended(jobs, end)
+    finally:
+        forgotten = forget_choices()
+    print(f"{len(wanted)} to compile: {state}; {forgotten} choices forgotten")
+    return 0
 
 
 if __name__ == "__main__":

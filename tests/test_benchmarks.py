@@ -321,6 +321,25 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
     assert "failed" not in str(others)
 
 
+def test_an_interrupted_run_shows_what_it_has(tmp_path, monkeypatch, capsys):
+    only(monkeypatch, "eager")
+    monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
+    measured = bench._measured
+
+    def interrupted(point, *args):
+        yield from measured(point, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "_measured", interrupted)
+    arguments = ["gelu", "swiglu", "--shape", "tiny-image", "--out", str(tmp_path)]
+    assert bench.main(arguments) == 130
+    printed = capsys.readouterr().out
+    assert "interrupted; --resume goes on" in printed
+    assert "| tiny-image | forward |" in printed
+    assert "3 rows, 0 failed" in printed.splitlines()[-1]
+    assert json.loads((tmp_path / "ops.json").read_text())["begun"]["case"] == "gelu"
+
+
 def test_a_lost_context_ends_the_run_and_says_so(tmp_path, monkeypatch, capsys):
     only(monkeypatch, "eager")
     monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
@@ -658,11 +677,26 @@ def test_what_fails_to_compile_does_not_stop_the_others(capsys):
         raise RuntimeError("no such tile\nmore")
 
     (point,) = bench.points(["gelu"], ["tiny-image"], [], "cpu")
-    warm.job([(point, made("wrong", wrong)), (point, made("right", right))], "cpu", 60.0)
+    warm.job([(point, made("wrong", wrong)), (point, made("right", right))], "cpu")
     printed = capsys.readouterr().out
     assert "gelu tiny-image wrong: RuntimeError: no such tile\n" in printed
     assert "gelu tiny-image right: compiled\n" in printed
     assert {True, False} == set(seen)  # with a gradient and without one: two graphs
+
+
+def test_compilers_that_are_out_of_time_are_ended():
+    jobs = [subprocess.Popen(python(f"import time; time.sleep({n})")) for n in (0, 600)]
+    assert warm.ended(jobs, time.monotonic() + 5) == "2 processes, 0 failed, 1 ended by the time"
+    assert all(process.poll() is not None for process in jobs)
+
+
+def test_choices_made_on_a_busy_gpu_are_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "ab").mkdir()
+    (tmp_path / "ab" / "kernel.best_config").touch()
+    (tmp_path / "ab" / "kernel.py").touch()
+    assert warm.forget_choices() == 1
+    assert [path.name for path in tmp_path.rglob("kernel.*")] == ["kernel.py"]
 
 
 def test_the_audit_is_of_a_target_it_has():
