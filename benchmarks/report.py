@@ -127,6 +127,8 @@ def section(run: Run) -> str:
         lines += _table(["call", "µs"], [[n, f"{us:.1f}"] for n, us in run["host_us"].items()])
     if "unfinished" in run:
         lines.append(f"Out of time with {run['unfinished']} measurements not begun.\n")
+    if cut_off := run.get("begun"):
+        lines.append(f"Cut off in {cut_off['implementation']} in {_what(cut_off)}.\n")
     absent: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         if "absent" in row:

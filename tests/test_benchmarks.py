@@ -818,6 +818,8 @@ def test_the_report_shows_losses_and_what_was_not_measured():
     assert "### sweeps over tokens" in text
     assert "- flex in adaln s: RuntimeError: no" in text
     assert "Out of time with 3 measurements not begun." in text
+    cut_off = {"begun": {"case": "adaln", "shape": "s", "implementation": "cuda"}}
+    assert "Cut off in cuda in adaln s." in report.section({**op_run(), **cut_off})
     assert (
         "| DiT-XL/2 | train, throughput | ours-compile-graph | 64 | 100.00† | 640.00 | 2.00x | 10.0% | 3.0 |"
         in text
