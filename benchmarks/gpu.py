@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given.stages or stage.name in given.stages
     }
     waiting = [stage for stage in STAGES if stage.name in reasons]
-    summary = []
+    summary, failed = [], False
     while waiting:
         stage, *waiting = waiting
         reason = reasons[stage.name]
@@ -211,14 +211,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             weights = sum(s.weight for s in waiting if not reasons[s.name])
             left = given.seconds - (time.monotonic() - began)
-            line = _run(stage, out, log, left * stage.weight / (stage.weight + weights))
+            share = left * stage.weight / (stage.weight + weights)
+            line = _run(stage, out, log, share) if share > 1 else "skipped: no time is left"
+        failed |= line.startswith("FAILED")
         summary.append(f"{stage.name:16} {line}")
         print(summary[-1], flush=True)
     text = "\n".join([f"{device}: results in {out}", *summary])
     with log.open("a") as file:
         file.write(f"\n{text}\n")
     print(f"\n{text}")
-    return int(any("FAILED" in line for line in summary))
+    return int(failed)
 
 
 def _run(stage: Stage, out: Path, log: Path, limit: float) -> str:

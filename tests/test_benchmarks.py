@@ -582,6 +582,13 @@ else:
 """
 
 
+def test_a_stage_without_time_is_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "STAGES", (gpu.Stage("one", python("print(1)"), 1),))
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main(["--seconds", "0"]) == 0
+    assert "one              skipped: no time is left" in capsys.readouterr().out
+
+
 def test_a_benchmark_that_was_cut_off_is_begun_again(tmp_path, monkeypatch, capsys):
     command = (*python(STAGE), "{out}")
     monkeypatch.setattr(gpu, "STAGES", (gpu.Stage("one", command, 1, result="one.json"),))
