@@ -413,7 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result, done = opened(path, device, resume=given.resume)
     rows = run(device, wanted, getattr(torch, given.dtype), end - time.monotonic(), done)
     code = write_rows(path, result, rows, describe)
-    if device == "cpu" and not sweeps and code != 130:
+    if device == "cpu" and not sweeps and code != 130 and time.monotonic() < end:
         result["host_us"] = _host_cost()
         save(path, result)
     closing(result, path)
