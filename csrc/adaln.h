@@ -60,6 +60,8 @@ struct AdalnBackward {
   // Blocks walk over `chunk` tokens of one segment of a sample, or, with `order`, over positions of the
   // sorted order.
   int32_t segment, chunk;
+  // tokens whose rows are in shared memory at a time: 2, or 1 where two do not fit
+  int32_t stages;
   int64_t blocks;
   const int64_t* order;               // [B * N]: tokens sorted by their modulation row
   const int32_t *begin, *end;         // [blocks]: with `order` a block's positions

@@ -48,7 +48,7 @@ template <typename T, int VECTORS, bool GATED, bool EXTRA>
 __global__ void __launch_bounds__(kMaxThreads<T>) adaln_bwd_kernel(const AdalnBackward call) {
   constexpr int WIDTH = 16 / sizeof(T);
   constexpr DType DTYPE = dtype_of<T>;
-  // [2][rows][VECTORS][threads], then the extra sums
+  // [stages][rows][VECTORS][threads], then the extra sums
   DK_DYNAMIC_SHARED(uint4, ring);
   __shared__ float2 scratch[64];
   RowSums row_sums(scratch);
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>) adaln_bwd_kernel(const AdalnBa
     for (int v = 0; v < VECTORS; ++v) fill(sums.registers[r][v], 0.0f);
   }
   if constexpr (EXTRA) {
-    float4* place = reinterpret_cast<float4*>(ring + 2 * rows * VECTORS * threads);
+    float4* place = reinterpret_cast<float4*>(ring + call.stages * rows * VECTORS * threads);
 #pragma unroll
     for (int e = 0; e < kExtraSums; ++e) {
       sums.extra[e] = call.sums[kShift2Sum + e].data != nullptr ? place : nullptr;
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>) adaln_bwd_kernel(const AdalnBa
 
   const Walk walk(call);
   auto slot = [&](int64_t position, int row, int v) -> uint4* {
-    const int stage = static_cast<int>(position - walk.begin) & 1;
+    const int stage = static_cast<int>(position - walk.begin) & (call.stages - 1);
     return ring + ((stage * rows + row) * VECTORS + v) * threads + threadIdx.x;
   };
   auto fetch = [&](int64_t position, const Place& place) {
@@ -111,12 +111,17 @@ __global__ void __launch_bounds__(kMaxThreads<T>) adaln_bwd_kernel(const AdalnBa
 
   Place next{};
   if (walk.begin < walk.end) next = walk(call, walk.begin);
-  fetch(walk.begin, next);
+  if (call.stages == 2) fetch(walk.begin, next);
   for (int64_t position = walk.begin; position < walk.end; ++position) {
     const Place place = next;
     if (position + 1 < walk.end) next = walk(call, position + 1);
-    fetch(position + 1, next);
-    cp_async_wait<1>();
+    if (call.stages == 2) {
+      fetch(position + 1, next);
+      cp_async_wait<1>();
+    } else {
+      fetch(position, place);
+      cp_async_wait<0>();
+    }
     const int64_t token = place.index, out_row = token * channels;
 
     // dn, then db
@@ -258,7 +263,7 @@ void launch(const AdalnBackward& call, cudaStream_t stream) {
   int extra = 0;
   for (int e = 0; e < kExtraSums; ++e) extra += call.sums[kShift2Sum + e].data != nullptr;
   const size_t row_bytes = sizeof(uint4) * VECTORS * call.size.threads;
-  const size_t shared = 2 * rows * row_bytes + extra * row_bytes * (4 / sizeof(T));
+  const size_t shared = call.stages * rows * row_bytes + extra * row_bytes * (4 / sizeof(T));
   DK_LAUNCH((adaln_bwd_kernel<T, VECTORS, GATED, EXTRA>), grid_of(call.blocks),
             dim3(call.size.threads), shared, stream, call);
 }
@@ -290,6 +295,9 @@ void adaln_backward(const AdalnBackward& call, cudaStream_t stream) {
                       : call.dy2.data != nullptr ? call.dy2.dtype
                                                  : call.dout.dtype;
   check_row(call.size, dtype, kMaxThreads<float>);
+  if (call.stages != 1 && call.stages != 2) {
+    throw std::invalid_argument("there are 1 or 2 stages; got " + std::to_string(call.stages));
+  }
   for (const Tokens* tokens : {&call.dy, &call.dy2, &call.x, &call.dout}) check_vectors(*tokens, dtype);
   check_vectors(call.branch, dtype, true);
   for (const ModulationRows* rows : {&call.gate, &call.scale, &call.scale2}) check_vectors(*rows);

@@ -19,15 +19,14 @@ __global__ void __launch_bounds__(kMaxThreads) adaln_fwd_kernel(const AdalnForwa
   constexpr DType DTYPE = dtype_of<T>;
   DK_DYNAMIC_SHARED(uint4, ring);  // [2][ROWS][VECTORS][threads]
   __shared__ float2 scratch[64];
-  RowSums row_sums(scratch);
 
+  const int64_t first = blockIdx.x * static_cast<int64_t>(call.chunk), first_sample = first / call.size.length;
+  const int64_t tokens = call.size.samples * call.size.length;
+  const int64_t last = first + call.chunk < tokens ? first + call.chunk : tokens;
+  Place place{first_sample, static_cast<int32_t>(first - first_sample * call.size.length), first};
+  RowSums row_sums(scratch);
   const int threads = blockDim.x, channels = call.size.channels;
   const bool eager = call.form.eager;
-  const int64_t tokens = call.size.samples * call.size.length;
-  const int64_t first = blockIdx.x * static_cast<int64_t>(call.chunk);
-  const int64_t last = first + call.chunk < tokens ? first + call.chunk : tokens;
-
-  Place place{first / call.size.length, static_cast<int32_t>(first % call.size.length), first};
   auto advance = [&](Place& p) {
     ++p.index;
     if (++p.n == call.size.length) {

@@ -167,7 +167,7 @@ struct BackwardPlan {
 };
 
 BackwardPlan adaln_backward_plan(const std::array<int64_t, 5>& sizes, const std::array<int, 4>& form, double eps,
-                                 int32_t segment, int32_t chunk, int64_t blocks, const Numbers& tokens,
+                                 int32_t segment, int32_t chunk, int32_t stages, int64_t blocks, const Numbers& tokens,
                                  const RowNumbers& rows, const Codes& vectors, const Codes& results,
                                  const std::array<int, 8>& workspace) {
   AdalnBackward plan{};
@@ -175,6 +175,7 @@ BackwardPlan adaln_backward_plan(const std::array<int64_t, 5>& sizes, const std:
   plan.form = form_of(form, eps);
   plan.segment = segment;
   plan.chunk = chunk;
+  plan.stages = stages;
   plan.blocks = blocks;
   Tokens* const all_tokens[] = {&plan.dout, &plan.dy, &plan.dy2, &plan.x, &plan.branch};
   for (size_t i = 0; i < 5; ++i) *all_tokens[i] = tokens_of(tokens.at(i));

@@ -211,9 +211,11 @@ def _row(channels: int, size: int, kernels: Kernels | None) -> tuple[int, int]:
 
 def _fit(row: tuple[int, int], rows: int, x: Tensor) -> tuple[int, int]:
     """The general kernel where as many rows do not fit shared memory."""
-    if 16 * row[0] * row[1] * rows > cuda_extension.shared_memory(x):
-        return _row(x.shape[2], x.element_size(), None)
-    return row
+    return row if _fits(row, rows, x) else _row(x.shape[2], x.element_size(), None)
+
+
+def _fits(row: tuple[int, int], rows: int, x: Tensor) -> bool:
+    return 16 * row[0] * row[1] * rows <= cuda_extension.shared_memory(x)
 
 
 def backward(
@@ -360,7 +362,9 @@ def _backward_plan(
     size = like.element_size()
     row = _row(channels, size, None if not vector_rows else _BACKWARD_EXTRA if extra else _BACKWARD)
     held = sum(t is not None for t in (dout, dy, dy2, stream, branch))
-    row = _fit(row, 2 * held + (5 * (4 // size) if extra else 0), x)
+    sums = 5 * (4 // size) if extra else 0
+    ring = 2 if _fits(row, 2 * held + sums, x) else 1
+    row = _fit(row, ring * held + sums, x)
 
     resident = max(1, 32 * _RESIDENT_BACKWARD // row[1]) * cuda_extension.multiprocessors(x)
     by_row = 0
@@ -424,7 +428,7 @@ def _backward_plan(
     plan = cuda_extension.kernels().AdalnBackward(
         (tokens.samples, tokens.length, channels, *row),
         (_NORMS[norm], gate_act == "tanh", branch_rms, rounding == "eager"), eps,
-        tokens.segment, chunk, blocks,
+        tokens.segment, chunk, ring, blocks,
         [_tokens(tokens, t) for t in (dout, dy, dy2, stream, branch)],
         [_rows(form[n], t) for n, t in zip(("gate", "scale", "scale2"), rows, strict=True)],
         [code(v) for v in read], codes,
