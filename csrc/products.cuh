@@ -128,7 +128,7 @@ __device__ inline int up_to_16(int depth) { return (depth + 15) / 16 * 16; }
 
 // LINES lines of up to LENGTH elements of a matrix whose line i starts at `offsets[i]` (-1: there is none) and
 // has `length` elements `step` apart, into a tile; the rest is zeros, up to a multiple of 16 each way.
-// `wide`: 16 bytes at a time. The copies are under way until cp_async_wait.
+// `wide`: 16 bytes at a time, where they are of T. The copies are under way until cp_async_wait.
 template <typename T, int LINES, int LENGTH>
 __device__ inline void fill_tile(T* tile, const void* data, DType dtype, const int64_t* offsets, int64_t first,
                                  int length, int64_t step, bool wide) {
@@ -144,6 +144,17 @@ __device__ inline void fill_tile(T* tile, const void* data, DType dtype, const i
     return;
   }
   const int padded = up_to_16(length);
+  if (sizeof(T) == 4 && wide) {
+    for (int at = threadIdx.x; at < LINES * padded / WIDTH; at += kThreads) {
+      const int line = at / (padded / WIDTH), i = at % (padded / WIDTH) * WIDTH;
+      float values[WIDTH];
+      fill(values, 0.0f);
+      if (offsets[line] >= 0 && i < length) load_channels(values, data, offsets[line] + first + i, dtype);
+#pragma unroll
+      for (int j = 0; j < WIDTH; ++j) tile[line * S + i + j] = from_float<T>(values[j]);
+    }
+    return;
+  }
   for (int at = threadIdx.x; at < LINES * padded; at += kThreads) {
     const int line = at / padded, i = at % padded;
     const bool live = offsets[line] >= 0 && i < length;

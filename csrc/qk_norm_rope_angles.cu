@@ -17,23 +17,26 @@ struct Division {
   int32_t units, share, rows;
 };
 
-// A row of the tables, and the samples and heads of a side that turn by it
+// A row of the tables, and the samples and heads of a side that turn by it; counted in INDEX
+template <typename INDEX>
 struct Turned {
-  int64_t sample, samples;
-  int32_t n, head, heads;
+  INDEX sample;
+  int32_t n, head;
+  bool each_sample, each_head;
 
-  __device__ Turned(const QkNormRopeAngles& angles, int64_t row) {
-    const int64_t l = row / angles.heads;
-    const bool each_sample = angles.samples > 1, each_head = angles.heads > 1;
-    n = angles.call.angles.start + static_cast<int32_t>(l % angles.call.angles.length);
-    sample = each_sample ? l / angles.call.angles.length : 0;
-    head = each_head ? static_cast<int32_t>(row % angles.heads) : 0;
-    samples = each_sample ? 1 : 0;
-    heads = each_head ? 1 : 0;
+  __device__ Turned(const QkNormRopeAngles& angles, INDEX row) {
+    const INDEX heads = angles.heads, length = angles.call.angles.length, place = row / heads;
+    each_sample = angles.samples > 1;
+    each_head = angles.heads > 1;
+    sample = place / length;
+    n = angles.call.angles.start + static_cast<int32_t>(place - sample * length);
+    head = static_cast<int32_t>(row - place * heads);
   }
 
-  __device__ int heads_of(const HeadsSide& side) const { return heads ? heads : side.heads; }
-  __device__ int64_t count(const HeadsSide& side) const { return (samples ? samples : side.samples) * heads_of(side); }
+  __device__ INDEX heads_of(const HeadsSide& side) const { return each_head ? 1 : side.heads; }
+  __device__ INDEX count(const HeadsSide& side) const {
+    return (each_sample ? 1 : static_cast<INDEX>(side.samples)) * heads_of(side);
+  }
 };
 
 // Where one of them is: its rows of x, of dy and of the statistics, and its first channel of the weight
@@ -41,10 +44,11 @@ struct Member {
   int64_t x, dy, statistics;
   int channel;
 
-  __device__ Member(const QkNormRope& call, const HeadsSide& side, const Turned& turned, int64_t item) {
-    const int heads = turned.heads_of(side);
-    const int64_t b = turned.sample + item / heads;
-    const int h = turned.head + static_cast<int>(item % heads);
+  template <typename INDEX>
+  __device__ Member(const QkNormRope& call, const HeadsSide& side, const Turned<INDEX>& turned, INDEX item) {
+    const INDEX heads = turned.heads_of(side), of = item / heads;
+    const int64_t b = turned.sample + of;
+    const int h = turned.head + static_cast<int>(item - of * heads);
     x = b * side.x.stride_sample + turned.n * side.x.stride_token + h * side.x.stride_head;
     dy = b * side.dy.stride_sample + turned.n * side.dy.stride_token + h * side.dy.stride_head;
     const int64_t token = b * side.length + turned.n;
@@ -64,7 +68,7 @@ __device__ inline void normalise(float (&x)[WIDTH], const QkNormRope& call, cons
 }
 
 template <typename T, bool HALF>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 5)
     qk_norm_rope_bwd_angles_kernel(const __grid_constant__ QkNormRopeAngles angles, const Division by) {
   // a thread's pairs are in a vector, or one channel in each of two
   constexpr int WIDTH = VECTOR<T>, ANGLES = HALF ? WIDTH : WIDTH / 2;
@@ -74,18 +78,19 @@ __global__ void __launch_bounds__(kThreads)
   const int unit = threadIdx.x % by.units, group = threadIdx.x / by.units;
   const int section = unit / per_section, i = unit % per_section * ANGLES;
   const int channel = section * (call.dim / call.sections) + (HALF ? i : 2 * i);
-  const int64_t total = angles.samples * call.angles.length * angles.heads;
-  const int64_t first = blockIdx.x * static_cast<int64_t>(by.rows), row = first + group / by.share;
+  // less than 2^31, as the members of a row
+  const uint32_t total = static_cast<uint32_t>(angles.samples) * call.angles.length * angles.heads;
+  const uint32_t first = blockIdx.x * by.rows, row = first + group / by.share;
   if (group < by.rows * by.share && row < total) {
-    const Turned turned(angles, row);
+    const Turned<uint32_t> turned(angles, row);
     float dcos[ANGLES], dsin[ANGLES];
     fill(dcos, 0.0f);
     fill(dsin, 0.0f);
     for (int s = 0; s < 2; ++s) {
       const HeadsSide& side = call.sides[s];
       if (side.dy.data == nullptr) continue;
-      const int64_t count = turned.count(side);
-      for (int64_t item = group % by.share; item < count; item += by.share) {
+      const uint32_t count = turned.count(side);
+      for (uint32_t item = group % by.share; item < count; item += by.share) {
         const Member member(call, side, turned, item);
         float x[WIDTH], g[WIDTH];
         load_channels(x, side.x.data, member.x + channel, dtype_of<T>);
@@ -126,7 +131,7 @@ __global__ void __launch_bounds__(kThreads)
     float sum = from[0];
     for (int other = 1; other < by.share; ++other) sum += from[other * 2 * each];
     const Result& to = which < each ? angles.dcos : angles.dsin;
-    if (to.data != nullptr) store_one(to.data, (first + place) * each + which % each, sum, to.dtype);
+    if (to.data != nullptr) store_one(to.data, static_cast<int64_t>(first + place) * each + which % each, sum, to.dtype);
   }
 }
 
@@ -140,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
   const int angle = static_cast<int>(at % each), section = angle / call.turning, i = angle % call.turning;
   const int first = section * (call.dim / call.sections);
   const int a = call.half ? first + i : first + 2 * i, b = call.half ? a + call.turning : a + 1;
-  const Turned turned(angles, at / each);
+  const Turned<int64_t> turned(angles, at / each);
   float dcos = 0.0f, dsin = 0.0f;
   for (int s = 0; s < 2; ++s) {
     const HeadsSide& side = call.sides[s];
@@ -192,16 +197,16 @@ void qk_norm_rope_bwd_angles(const QkNormRopeAngles& angles, cudaStream_t stream
   const int each = call.turning * call.sections;
   const DType dtype = call.sides[call.sides[0].dy.data != nullptr ? 0 : 1].x.dtype;
   const int width = 16 / bytes_of(dtype);
-  if (!in_vectors(call, dtype, width)) {
-    DK_LAUNCH(qk_norm_rope_bwd_angles_any_kernel, grid_of(ceil_div(rows * each, kThreads)), dim3(kThreads), 0,
-              stream, angles);
-    return;
-  }
   int64_t members = 1;
   for (const HeadsSide& side : call.sides) {
     if (side.dy.data == nullptr) continue;
     const int64_t here = (angles.samples > 1 ? 1 : side.samples) * (angles.heads > 1 ? 1 : side.heads);
     members = here > members ? here : members;
+  }
+  if (!in_vectors(call, dtype, width) || rows >= int64_t{1} << 31 || members >= int64_t{1} << 31) {
+    DK_LAUNCH(qk_norm_rope_bwd_angles_any_kernel, grid_of(ceil_div(rows * each, kThreads)), dim3(kThreads), 0,
+              stream, angles);
+    return;
   }
   Division by;
   by.units = each / (call.half ? width : width / 2);
