@@ -15,17 +15,17 @@ from torch import Tensor
 from dit_kernels.ops import cuda_extension
 
 _NORMS = {"none": 0, "rms": 1, "layer": 2}
+_MOST = 2**30
 _NO_STATISTICS: list[Tensor | None] = [None] * 4
 
 
 def supports(q: Tensor, k: Tensor | None, *args: Any) -> str | None:
-    for name, x in (("q", q), ("k", k)):
+    for x in (q, k):
         if x is not None:
             _, length, heads, dim = x.shape
-            if not 0 < heads * dim < 2**30:
-                return f"{name} has at least one channel and less than 2^30; got {list(x.shape)}"
-            if length >= 2**30:
-                return f"a sample of {name} has less than 2^30 tokens; got {list(x.shape)}"
+            if not (0 < heads * dim < _MOST and length < _MOST):
+                name = "q" if x is q else "k"
+                return f"a sample of {name} has less than 2^30 tokens of 1 to 2^30 - 1 channels; got {list(x.shape)}"
     return cuda_extension.unsupported(q, k, *args[:6])
 
 
