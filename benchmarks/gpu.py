@@ -242,7 +242,7 @@ def _run(stage: Stage, out: Path, log: Path, limit: float) -> str:
             "target": target(), "arch": arch(),
         }  # fmt: skip
         command = [word.format(**filled) for word in (*stage.command, *more)]
-        code = _ended(command, environment, log, left)
+        code = _ended(command, environment, log, left, min(GRACE, 0.1 * left))
         for leftover in (*out.glob("*.part"), *out.glob("tuned.json.*")):
             leftover.unlink()  # of a process that was killed while it wrote
         left = limit - (time.monotonic() - start)
@@ -257,10 +257,9 @@ def _run(stage: Stage, out: Path, log: Path, limit: float) -> str:
 
 
 def _ended(
-    command: Sequence[str], environment: dict[str, str], log: Path, limit: float
+    command: Sequence[str], environment: dict[str, str], log: Path, limit: float, grace: float
 ) -> int | str:
     """Its exit code, or that it took too long; with it ends what it started, also when we are interrupted."""
-    grace = min(GRACE, 0.1 * limit)
     with log.open("a") as file:
         file.write(f"\n$ {' '.join(command)}\n")
         file.flush()

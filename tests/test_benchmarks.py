@@ -564,7 +564,7 @@ def test_one_that_is_over_its_time_says_what_failed_before(tmp_path):
     log.touch()
     command = (*gpu.PYTEST, "-c", os.devnull, "--rootdir", str(tmp_path), str(tests))
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    assert gpu._ended(command, environment, log, 12.0) == "over its 12 s"
+    assert gpu._ended(command, environment, log, 30.0, grace=20.0) == "over its 30 s"
     assert "assert 1 == 7" in log.read_text()
     assert "1 failed" in log.read_text()
 
