@@ -417,6 +417,8 @@ def main() -> int:
     torch.set_num_threads(1)
     store, table = HERE / "audit.json", HERE / "audit.md"
     known = json.loads(store.read_text()) if store.exists() else {}
+    # ops share kernels: each op has its row of a binary, compiled once
+    same = {name.partition(" ")[2]: row for name, row in known.items()}
     rows: dict[str, dict[str, Any]] = {}
     for op in names:
         # the launches of a call in order, each for every target
@@ -431,17 +433,17 @@ def main() -> int:
                 continue
             tuned = options.candidates or any(row["candidate"] for row in before.values())
             for key, call, launch, candidate in wanted(op, target, tuned):
-                row = known.get(key)
+                row = known.get(f"{op} {key}") or same.get(key)
                 if row is None:
                     start = time.perf_counter()
                     row = {"op": op, "call": call, "kernel": launch.name, "target": target,
                            "candidate": candidate, "triton": triton.__version__, **inspect(launch, target)}  # fmt: skip
                     seconds = time.perf_counter() - start
                     print(f"{op}: {call} {launch.name} {target} {seconds:.1f} s {' '.join(problems(row))}", flush=True)  # fmt: skip
-                    known[key] = row
+                    known[f"{op} {key}"] = same[key] = row
                     if not options.check:
                         save(store, known)
-                found[key] = {**row, "call": call, "candidate": candidate}
+                found[f"{op} {key}"] = {**row, "op": op, "call": call, "candidate": candidate}
         rows |= _by_call(found)
     failures = [
         f"{row['op']}: {row['call']} {row['kernel']} {row['target']}: {problem}"

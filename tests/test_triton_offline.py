@@ -286,3 +286,20 @@ def test_candidates_of_the_tuner_are_compiled_and_may_spill(audited):
     assert (above.count("| 1 | 0 | 100% |"), below.count("| 1 | 0 | 100% |")) == (0, len(new))
     assert audited("--check")[0] == 0
     assert not audited.compiled
+
+
+def test_ops_that_share_a_kernel_each_have_its_row(audited):
+    """Whichever was compiled first; the table is the same however it came to be."""
+    tables = []
+    for order in (("patch_embed", "final_layer", "patch_embed"), ("final_layer", "patch_embed")):
+        audited.store.unlink(missing_ok=True)
+        for op in order:
+            audited.op = op
+            assert audited("--target", "sm_90")[0] == 0
+        compiled = len(audited.compiled)
+        rows = json.loads(audited.store.read_text())
+        assert compiled < len([row for row in rows.values() if row["op"] == order[-1]])
+        assert all(key.startswith(f"{row['op']} ") for key, row in rows.items())
+        tables.append(audited.table.read_text())
+    assert tables[0] == tables[1]
+    assert audited("--check")[0] == 0
