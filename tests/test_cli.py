@@ -308,11 +308,19 @@ def test_evaluate_prints_a_row_for_the_model_and_one_for_real_clips(run, weights
     assert "is below the bar of 90%" in result.out
     assert "real, held out" in result.out
     assert "4 (100.0%)" in result.out  # of the real clips
+    assert re.search(r"shipped model, digit by digit:  0: ./4\n", result.out)
+
+
+def test_evaluate_counts_prompts_that_were_held_out_apart(run):
+    short = ("--steps", 1, "--checkpoint-every", 1)
+    assert run("train", "--out", "r", "--hold-out", *short, *SMALL_RUN).code == 0
+    command = ["evaluate", "--count", 4, "--steps", 1, "--weights", "r/model.safetensors"]
+    result = run(*command, "--name", "mine")
     # a digit has one way that was held out, and three others
     assert re.search(
-        r"held-out prompts, digit by digit:  0: ./1  1: ./1  2: ./1  3: ./1\n", result.out
+        r"mine, prompts never shown, digit by digit:  0: ./1  1: ./1  2: ./1\s+3: ./1\n", result.out
     )
-    assert re.search(r"trained prompts, digit by digit:  0: ./3  1: ./1\n", result.out)
+    assert re.search(r"mine, other prompts, digit by digit:  0: ./3  1: ./1\n", result.out)
 
 
 def test_demo_says_where_the_files_are_and_what_to_type_next(run, weights, monkeypatch, tmp_path):
@@ -436,8 +444,7 @@ def test_evaluate_writes_its_figures_and_their_table(run, weights, tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert list(figures) == ["pixels", "latents"]
     assert figures["pixels"]["settings"]["steps"] == 1
-    score = figures["pixels"]["rows"]["pixels, held-out prompts"]
-    trained = figures["pixels"]["rows"]["pixels, trained prompts"]
+    score = figures["pixels"]["rows"]["pixels"]
     real = figures["pixels"]["rows"]["real, held out"]
     assert score["total"] == real["total"] == 4
     lines = page.read_text().splitlines()
@@ -446,10 +453,8 @@ def test_evaluate_writes_its_figures_and_their_table(run, weights, tmp_path):
     assert (
         f"| real, held out | 4 | {real['digits'] / 4:.1%} | {real['directions'] / 4:.1%} |" in lines
     )
-    for kind, of in {"held-out": score, "trained": trained}.items():
-        shares = f"{of['digits'] / 4:.1%} | {of['directions'] / 4:.1%}"
-        assert f"| latents, {kind} prompts | 4 | {shares} |" in lines
-    assert len(lines) == 4 + 2 + 5  # the real clips once
+    assert f"| latents | 4 | {score['digits'] / 4:.1%} | {score['directions'] / 4:.1%} |" in lines
+    assert len(lines) == 4 + 2 + 3  # the real clips once
     page.write_text("no place")
     assert_one_line_after(run(*command, *written), "has no place for the table")
 

@@ -95,6 +95,13 @@ MostDigits = Annotated[
     int, typer.Option("--digits", min=1, help="Digits in a clip: one, up to so many.")
 ]
 Speeds = Annotated[bool, typer.Option("--speeds", help="Also digits that move slowly, or quickly.")]
+HoldOut = Annotated[
+    bool,
+    typer.Option(
+        "--hold-out",
+        help="Never show ten of the forty prompts; `dit-kernels evaluate` then counts them apart.",
+    ),
+]
 FrameStep = Annotated[
     int, typer.Option(min=1, help="Of a real video, take every so many-th frame.")
 ]

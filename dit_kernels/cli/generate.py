@@ -149,9 +149,7 @@ def given_frames(
 
 @app.command()
 def evaluate(
-    count: Annotated[
-        int, typer.Option(min=1, help="Videos to generate and judge, of either kind of prompt.")
-    ] = 320,
+    count: Annotated[int, typer.Option(min=1, help="Videos to generate and judge.")] = 320,
     steps: Steps = 30,
     guidance: Guidance = 3.0,
     seed: Seed = 0,
@@ -176,8 +174,8 @@ def evaluate(
 ) -> None:
     """Count how often the videos show the asked digit, moving the asked way; exit code 1 below the bar.
 
-    Ten prompts were held out: in training no five moves right, and so on. They and the thirty others
-    are counted apart, and both have to pass.
+    Of a model that was trained with `--hold-out`, the ten prompts that it was never shown and the
+    thirty others are counted apart; both have to pass.
 
     A support vector machine fitted on real scans, which knows nothing of the model, reads the
     digits; the direction is measured from the shift of the ink. The row for real clips, of
@@ -190,21 +188,26 @@ def evaluate(
     * `dit-kernels evaluate --json docs/evaluation.json --markdown README.md`
     """
     from dit_kernels.video import evaluation
-    from dit_kernels.video.digits import captions_of_split
+    from dit_kernels.video.digits import all_captions, captions_of_split
     from dit_kernels.video.model import TextToVideo
 
     if markdown is not None and json is None:
         raise ValueError("--markdown writes what is in --json: give both")
     model = TextToVideo.load(weights).to(torch_device(device))
     sizes = model.config
-    kinds = {"held-out prompts": "test", "trained prompts": "train"}
-    with progress_bar("judging", count * len(kinds)) as advance:
+    asked = {name: all_captions()}
+    if model.hold_out:
+        asked = {
+            f"{name}, prompts never shown": captions_of_split("test"),
+            f"{name}, other prompts": captions_of_split("train"),
+        }
+    with progress_bar("judging", count * len(asked)) as advance:
         generated = {
-            f"{name}, {kind}": evaluation.score_generated(
-                model, captions_of_split(split), count, steps=steps, guidance=guidance, seed=seed,
+            row: evaluation.score_generated(
+                model, captions, count, steps=steps, guidance=guidance, seed=seed,
                 scheduler=scheduler, on_videos=advance,
             )
-            for kind, split in kinds.items()
+            for row, captions in asked.items()
         }  # fmt: skip
     rows = dict(generated)
     clips: dict[str, Any] = {"frames": sizes.frames, "size": sizes.size, "seed": seed}

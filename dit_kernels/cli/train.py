@@ -14,6 +14,7 @@ from dit_kernels.cli.console import (
     Data,
     Device,
     FrameStep,
+    HoldOut,
     MostDigits,
     Resume,
     Size,
@@ -48,6 +49,7 @@ def train(
     data: Data = "digits",
     digits: MostDigits = 1,
     speeds: Speeds = False,
+    hold_out: HoldOut = False,
     frame_step: FrameStep = 1,
     frames: Annotated[
         int | None,
@@ -177,7 +179,7 @@ def train(
         "caption_dropout": caption_dropout, "ema_decay": ema_decay, "given_share": given_share,
         "checkpoint_every": checkpoint_every, "seed": seed, "bf16": bf16,
     }  # fmt: skip
-    clips_values = clips_settings(data, digits, speeds, frame_step)
+    clips_values = clips_settings(data, digits, speeds, frame_step) | {"hold_out": hold_out}
     checkpoint = start_run(out, resume, threads)
     where = torch_device(device)
     if checkpoint.is_file():

@@ -31,6 +31,7 @@ class ClipsConfig:
     data: str = DIGITS  # or a folder of videos, or a CSV
     most_digits: int = 1
     speeds: bool = False
+    hold_out: bool = False  # no digit goes the one way that `digits.held_out` names for it
     frame_step: int = 1  # of a real video every so many-th frame is taken
 
 
@@ -46,7 +47,7 @@ def open_clips(
     if config.data == DIGITS:
         return MovingDigits(
             frames, size, seed, most_digits=config.most_digits, speeds=config.speeds,
-            channels=channels,
+            channels=channels, hold_out=config.hold_out,
         )  # fmt: skip
     from dit_kernels.video.real_clips import RealClips
 

@@ -2,7 +2,7 @@
 
 scikit-learn ships 1,797 scanned digits of 8x8 pixels. Each is enlarged to 14x14 and moved at a
 constant speed over a black frame. A fifth of the scans is held out for testing, so a test clip
-shows handwriting that no training clip showed. So is a quarter of what captions can ask for: no
+shows handwriting that no training clip showed. Captions can be held out too: with hold_out no
 training clip shows a digit going the one way that `held_out` names for it, so that a model which
 shows it must have learned digits and directions apart.
 """
@@ -77,7 +77,7 @@ def _phrase_of(moving: MovingDigit) -> str:
 
 
 def held_out(digit: int, direction: str) -> bool:
-    """Whether training never shows this digit going this way: one way a digit."""
+    """Whether training with hold_out never shows this digit going this way: one way a digit."""
     return direction == list(DIRECTIONS)[digit % len(DIRECTIONS)]
 
 
@@ -87,7 +87,7 @@ def all_captions() -> list[str]:
 
 
 def captions_of_split(split: str) -> list[str]:
-    """Of `all_captions`, the thirty that training shows ("train") or the ten held out ("test")."""
+    """Of `all_captions`, the thirty that training with hold_out shows ("train"), or the other ten ("test")."""
     _check_split(split)
     asked = [parse_caption(caption) for caption in all_captions()]
     return [caption_of(m) for m in asked if held_out(m.digit, m.direction) == (split == "test")]
@@ -134,10 +134,11 @@ class MovingDigits:
         frames: frames in a clip, F.
         size: height and width in pixels, (Y, X) or one number for both; at least 14.
         seed: chooses the whole list.
-        split: "train" or "test" scans; "test" clips also go the ways that are held out.
+        split: "train" or "test" scans.
         most_digits: a clip shows one digit, up to so many.
         speeds: also digits that move slowly or quickly.
         channels: C of the clips; all are the same grey.
+        hold_out: no digit goes the way that `held_out` names for it.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class MovingDigits:
         most_digits: int = 1,
         speeds: bool = False,
         channels: int = 1,
+        hold_out: bool = False,
     ) -> None:
         self.frames = frames
         self.size = (size, size) if isinstance(size, int) else tuple(size)
@@ -158,6 +160,7 @@ class MovingDigits:
         self.most_digits = most_digits
         self.speeds = speeds
         self.channels = channels
+        self.hold_out = hold_out
         if frames < 1:
             raise ValueError(f"frames must be at least 1; got {frames}")
         if min(self.size) < DIGIT_SIZE:
@@ -194,7 +197,7 @@ class MovingDigits:
         """Move a scan over canvas [F, Y, X]; where two digits overlap the brighter shows."""
         scan = rng.integers(len(self.scans))
         digit = int(self.digits[scan])
-        ways = [way for way in DIRECTIONS if self.split == "test" or not held_out(digit, way)]
+        ways = [way for way in DIRECTIONS if not (self.hold_out and held_out(digit, way))]
         direction = ways[rng.integers(len(ways))]
         speed = list(SPEEDS)[rng.integers(len(SPEEDS))] if self.speeds else ""
         travel = SPEEDS[speed] * (self.frames - 1)

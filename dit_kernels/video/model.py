@@ -77,6 +77,8 @@ class TextToVideo(nn.Module):
         ValueError: values that don't go together, or a codec other than the one trained with.
     """
 
+    hold_out = False  # whether some prompts were held out from its training
+
     def __init__(self, config: ModelConfig | None = None) -> None:
         super().__init__()
         config = config or ModelConfig()
@@ -214,6 +216,8 @@ class TextToVideo(nn.Module):
             }
         model = cls(model_config(settings["model"]))
         model.load_state_dict(tensors)
+        trained_with = settings.get("training") or settings.get("trained_with") or {}
+        model.hold_out = trained_with.get("clips", {}).get("hold_out", False)
         return model.eval()
 
 
