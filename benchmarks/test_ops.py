@@ -35,7 +35,7 @@ def test_op(benchmark, name, direction):
         reason = "it has no backward"
     if reason:
         pytest.skip(reason)
-    call, found = bench.prepared(case, shape, torch.bfloat16, DEVICE, baseline, arguments)
+    call, found, _ = bench.prepared(case, shape, torch.bfloat16, DEVICE, baseline, arguments)
     wrong = [a for a in found if not a.ok]
     assert not wrong or baseline.name not in bench.OURS, wrong
     size = case.cost(shape, torch.bfloat16)["forward"][1]

@@ -236,6 +236,22 @@ def test_what_is_compared_is_what_is_timed():
     assert all(a.ok and a.allowed > 0 for a in found)
 
 
+def test_an_oracle_that_does_not_fit_is_of_the_small_form(monkeypatch):
+    compared = bench.compared
+
+    def full(case, arguments, *others):
+        if arguments["x"].shape[1] == SHAPES["tiny-image"].tokens:
+            raise torch.OutOfMemoryError
+        return compared(case, arguments, *others)
+
+    monkeypatch.setattr(bench, "compared", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    only(monkeypatch, "reference")
+    rows = rows_of(["gelu"], "tiny-image", torch.float32)
+    assert {row["compared"] for row in rows} == {"small form"}
+    assert all(row["accurate"] for row in rows)
+
+
 def test_every_case_of_attention_has_an_oracle_of_rows():
     """At the sizes of the sweeps, up to 131072 tokens, no other oracle fits."""
     for case in CASES:
