@@ -130,6 +130,31 @@ def test_nothing_but_kernels(name):
     assert set(backward.kernels) <= others
 
 
+ROUNDED = [name for name, case in EXAMPLES.items() if case.op in ("adaln", "qk_norm_rope")]
+
+
+@pytest.mark.parametrize(
+    ("name", "rounding"),
+    [*((name, None) for name in EXAMPLES), *((name, "eager") for name in ROUNDED)],
+)
+def test_every_launch_says_whether_products_are_fused_with_sums(monkeypatch, name, rounding):
+    """Triton 3.10 flips its default; under rounding="eager" a fused product would skip a rounding."""
+    found: dict[str, bool] = {}
+
+    def run(kernel: Any, *args: Any, **options: Any) -> None:
+        found[kernel.fn.__name__] = options["enable_fp_fusion"]
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    case = EXAMPLES[name]
+    kwargs = {**case.kwargs, **({"rounding": rounding} if rounding else {})}
+    with offline.launched():
+        testing.run(case.function, kwargs, backend="triton")
+    assert found
+    for kernel, fused in found.items():
+        second_stage = kernel in ("adaln_bwd_sums_kernel", "_add_rows_kernel")  # sums alone
+        assert fused == (kwargs.get("rounding") != "eager" or second_stage), kernel
+
+
 MULTIPROCESSORS = 132  # that launches are cut for where there is no GPU
 
 

@@ -54,6 +54,19 @@ def test_every_form_compiles(case, rounding):
         launch.compile("sm_90")
 
 
+@pytest.mark.parametrize("rounding", ["once", "eager"])
+def test_eager_rounding_has_no_fused_multiply_add(rounding):
+    """Eager rounds a product before it adds to it, in float32 too; Triton's default for the fusion varies."""
+    x, branch, gate = torch.empty(2, 64, 256), torch.empty(2, 64, 256), torch.empty(2, 256)
+    q, angles = torch.empty(2, 64, 4, 64), torch.empty(64, 32)
+    with offline.recorded() as launches:
+        ops.gated_residual(x, branch, gate, rounding=rounding, backend="triton")
+        ops.qk_norm_rope(q, q, norm=None, cos=angles, sin=angles, rounding=rounding, backend="triton")  # fmt: skip
+    for launch in launches:
+        found = "fma.rn.f32" in launch.compile("sm_90").asm["ptx"]
+        assert found == (rounding == "once"), launch.name
+
+
 def test_one_variant_for_every_length():
     from dit_kernels.ops.adaln import triton as backend
 

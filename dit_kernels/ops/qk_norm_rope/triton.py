@@ -154,7 +154,8 @@ def backward(
     dy_strides, dy_vec, dy_unit = _strides(dq_out, dk_out)
     statistics = _statistics_of(saved, norm, k is not None)
     parameters = [_vector(p) for p in (q_weight, q_bias, k_weight, k_bias)]
-    options = (norm, hidden, act == "relu", rounding == "eager")
+    eager = rounding == "eager"
+    options = (norm, hidden, act == "relu", eager)
 
     if any(result is not None for result in results[:6]):
         q_tile, k_tile, warps, cut = _tiles(q, k, (dq_out, dk_out), angles, row, hidden)
@@ -172,7 +173,7 @@ def backward(
             q_programs, q.shape[1], 0 if k is None else k.shape[1], q_chunks, k_chunks, q_chunk, k_chunk,
             *strides, *dy_strides, rope_start, angles.length, *angles.strides,
             *q_tile, *k_tile, vec, *cut, unit, dy_vec, dy_unit, angles.vec, angles.heads, angles.unit, angles.period,
-            *options, num_warps=warps,
+            *options, num_warps=warps, enable_fp_fusion=not eager,
         )  # fmt: skip
         for i, rows in sums.items():
             triton_rows.add_rows(rows, results[i])
@@ -194,7 +195,7 @@ def backward(
                 q.shape[1], 0 if k is None else k.shape[1], rope_start, angles.length, q.shape[0] // samples,
                 *strides, *dy_strides, q.shape[2], 1 if k is None else k.shape[2], tile.parts, tile.block_n,
                 vec, *row, unit, dy_vec, dy_unit, angles.heads, *options,
-                num_warps=4,
+                num_warps=4, enable_fp_fusion=not eager,
             )  # fmt: skip
     return [result for result in results if result is not None]
 
