@@ -213,7 +213,8 @@ def test_schema_and_fake_kernels(name):
         case.op, lambda: testing.run(case.function, case.kwargs, backend="triton")
     )
     found = torch.ops.dit_kernels
-    checks = ("test_schema", "test_faketensor")
+    # what is computed in one graph: tests/triton/test_triton_promises.py
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     with offline.recorded():
         for stats in (True, False):
             args = (*forward.args[:-1], stats, "triton")

@@ -6,12 +6,15 @@ conversion rounds, `tl.dot` widens its operands, and every other arithmetic on b
 a kernel computes in float32. A float32 `tl.dot` is rounded once: numpy's product rounds an element by its
 place in the tile, so that a backward would not find the scores of its forward, as it does on a GPU.
 `tl.reduce` with a function of its own, which upstream calls for every element, works on halves of the axis.
+The language is patched once a launch: upstream does it again for every function that a kernel calls, which
+took half of the time of the tests.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,12 +42,14 @@ def install() -> None:
     )
     interpreter.ReduceOps.generic_reduce = _generic_reduce
     interpreter._patch_lang_tensor = _patch_lang_tensor
+    interpreter._patch_lang = _patch_lang
 
 
 _upstream_convert_float = interpreter._convert_float
 _upstream_cast_impl = _builder.cast_impl
 _upstream_create_dot = _builder.create_dot
 _upstream_patch_lang_tensor = interpreter._patch_lang_tensor
+_upstream_patch_lang = interpreter._patch_lang
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -134,3 +139,25 @@ def _patch_lang_tensor(tensor: Any, *scope: Any) -> None:
     _upstream_patch_lang_tensor(tensor, *scope)
     # a scalar is an array of one element, which int() no longer takes since numpy 2.4 (triton 3.6)
     tensor.__index__ = lambda self: int(self.handle.data.item())
+
+
+_launched = False  # whether a kernel is running, and so the language patched
+# what a kernel and the standard functions that it calls may know the language as
+_languages = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+
+def _patch_lang(function: Any) -> Any:
+    global _launched
+    if _launched:
+        return None  # for a call inside a kernel, of which upstream keeps nothing
+    scope = _upstream_patch_lang(_languages)
+    restore = scope.restore
+
+    def end_of_launch() -> None:
+        global _launched
+        _launched = False
+        restore()
+
+    scope.restore = end_of_launch
+    _launched = True
+    return scope

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dit_kernels.ops import triton_launch  # noqa: F401  (corrects the interpreter)
+from dit_kernels.ops import triton_interpreter
 
 
 @triton.jit
@@ -62,6 +62,17 @@ def _reduce_kernel(x_ptr, value_ptr, index_ptr, M: tl.constexpr, N: tl.constexpr
     value, index = tl.reduce((x, n[None, :] + tl.zeros_like(x).to(tl.int32)), 1, _first_largest)
     tl.store(value_ptr + m, value)
     tl.store(index_ptr + m, index)
+
+
+@triton.jit
+def _twice(x):
+    return x + x
+
+
+@triton.jit
+def _calling_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    x = _twice(_twice(tl.load(x_ptr + tl.arange(0, BLOCK))))
+    tl.store(y_ptr + tl.program_id(0), tl.sum(x, axis=0))
 
 
 def every_high_half() -> torch.Tensor:
@@ -130,3 +141,19 @@ def test_reduce_with_a_function_of_two_tensors():
     _reduce_kernel[(1,)](x, value, index, M=8, N=32)
     assert torch.equal(value, x.amax(1))
     assert torch.equal(index, (x == x.amax(1, keepdim=True)).int().argmax(1).int())
+
+
+def test_the_language_is_patched_once_a_launch(monkeypatch):
+    """However many functions a kernel calls; and it is itself again afterwards, also where a kernel fails."""
+    upstream, patched = triton_interpreter._upstream_patch_lang, []
+    monkeypatch.setattr(
+        triton_interpreter, "_upstream_patch_lang", lambda f: patched.append(f) or upstream(f)
+    )
+    x, y = torch.ones(16), torch.zeros(3)
+    for launches in (1, 2):
+        with pytest.raises(Exception, match="no bfloat16 for"):
+            _product_kernel[(1,)](x.bfloat16(), y, HOW="add", BLOCK=16)
+        _calling_kernel[(3,)](x, y, BLOCK=16)
+        assert y.tolist() == [64.0] * 3
+        assert len(patched) == 2 * launches
+        assert all(tl.core.is_builtin(f) for f in (tl.load, tl.core.load, tl.tensor.__add__))
