@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dit_kernels.integrations.fused import Fused, attend
-from dit_kernels.integrations.recognition import adapts
+from dit_kernels.integrations.fused import Fused, attend, is_hooked
+from dit_kernels.integrations.recognition import Row, adapts
 from dit_kernels.integrations.shared import norm_rows, qk_rows
 
 
@@ -72,6 +73,22 @@ def decoder_block(
         self.feed_forward_norm, x, branch, c_gate, shift_ff, scale_ff, rounding="once"
     )
     return fused.gated_residual(x, self.feed_forward(y), gate_ff, rounding="once")
+
+
+def feed_forward_rows(module: Any) -> Sequence[Row] | str:
+    act = module.activation
+    if type(act) is not nn.GELU or act.approximate not in ("tanh", "none"):
+        return f"its activation {type(act).__name__} is not one that the op has"
+    return [("", "gelu_bias")]
+
+
+@adapts("Kandinsky5FeedForward", "3030f61bccc1", kind="feed_forward", rows=feed_forward_rows)
+def feed_forward(fused: Fused, self: Any, x: Tensor) -> Any:
+    if is_hooked(self.activation):
+        return NotImplemented
+    return fused.feed_forward(
+        self.in_layer(x), f"gelu-{self.activation.approximate}", self.out_layer
+    )
 
 
 @adapts(

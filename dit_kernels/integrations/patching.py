@@ -32,7 +32,7 @@ LEFT_KINDS = {"attention3d": "attention3d: attention stays with the backend that
 # a file a family; "shared" holds what many have
 FAMILIES = (
     "shared", "wan", "flux", "sd3", "cogvideox", "ltx", "hunyuan_video", "pixart", "qwenimage", "mochi",
-    "lumina2", "flux2", "cosmos", "sana_video", "kandinsky5", "allegro", "ltx2",
+    "lumina2", "flux2", "cosmos", "sana_video", "kandinsky5", "allegro", "ltx2", "gated",
     "plain",
 )  # fmt: skip
 

@@ -371,10 +371,10 @@ SMALL: dict[str, Small] = {
     "lumina2": Small("Lumina2Transformer2DModel", dict(
         sample_size=8, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1,
         num_attention_heads=4, num_kv_heads=2, multiple_of=8, cap_feat_dim=10,
-        axes_dim_rope=(4, 2, 2), axes_lens=(32, 32, 32)), _lumina2, dict(adaln=6, gated_adaln=4, gated_residual=4, qk_norm_rope=4)),
+        axes_dim_rope=(4, 2, 2), axes_lens=(32, 32, 32)), _lumina2, dict(adaln=6, gated_adaln=4, gated_residual=4, qk_norm_rope=4, swiglu=4)),
     "z-image": Small("ZImageTransformer2DModel", dict(
         in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=10,
-        axes_dims=[4, 6, 6], axes_lens=[64, 32, 32]), _z_image, dict(adaln=5, gated_adaln=4, gated_residual=4, qk_norm_rope=4)),
+        axes_dims=[4, 6, 6], axes_lens=[64, 32, 32]), _z_image, dict(adaln=5, gated_adaln=4, gated_residual=4, qk_norm_rope=4, swiglu=4)),
     "flux2": Small("Flux2Transformer2DModel", dict(
         in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=10, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4)), _flux2, dict(adaln=4, gated_adaln=2, gated_residual=3, qk_norm_rope=3, swiglu=3)),
@@ -393,7 +393,7 @@ SMALL: dict[str, Small] = {
         caption_channels=10, mlp_ratio=2.0, sample_size=8), _sana_video, dict(adaln=11, gated_adaln=2, gated_residual=4, patch_embed=1)),
     "kandinsky-5": Small("Kandinsky5Transformer3DModel", dict(
         in_visual_dim=4, in_text_dim=10, in_text_dim2=8, time_dim=12, out_visual_dim=4, model_dim=24,
-        ff_dim=48, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 4, 4)), _kandinsky5, dict(adaln=3, gated_adaln=5, gated_residual=3, qk_norm_rope=5)),
+        ff_dim=48, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 4, 4)), _kandinsky5, dict(adaln=3, gated_adaln=5, gated_residual=3, gelu_bias=3, qk_norm_rope=5)),
     "allegro": Small("AllegroTransformer3DModel", dict(
         num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, num_layers=2,
         cross_attention_dim=48, sample_height=4, sample_width=6, sample_frames=2, caption_channels=10),
