@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from dit_kernels import ops
 from dit_kernels.ops import cuda_extension
 from dit_kernels.ops.cuda_extension import where
 
@@ -161,3 +162,32 @@ def test_a_failed_call_leaves_no_reference():
         KERNELS.key(x)
         KERNELS.takes(x)
     assert sys.getrefcount(x) == before
+
+
+def huge(*size):
+    """Of one element, however large."""
+    return torch.zeros(1).expand(*size)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.adaln(huge(1, 2**31, 8), backend="cuda"),
+         r"less than 2\^31 tokens .*\[1, 2147483648, 8\]"),
+        (lambda: ops.qk_norm_rope(huge(1, 2**30, 1, 8), backend="cuda"),
+         r"less than 2\^30 tokens .*\[1, 1073741824, 1, 8\]"),
+        (lambda: ops.qk_norm_rope(torch.zeros(1, 2, 2, 8), huge(1, 2, 2**27, 8), backend="cuda"),
+         r"sample of k .*\[1, 2, 134217728, 8\]"),
+        (lambda: ops.patch_embed(huge(1, 1, 1, 1, 2**31), torch.zeros(4, 1, 1, 1, 1), backend="cuda"),
+         r"axis of the video is shorter than 2\^31; got \[1, 1, 1, 1, 2147483648\]"),
+        (lambda: ops.patch_embed(torch.zeros(1, 1, 1, 1, 1), huge(2**24, 1, 1, 1, 1), backend="cuda"),
+         r"at most 2\^23 channels .*\[16777216, 1, 1, 1, 1\]"),
+        (lambda: ops.final_layer(huge(1, 2**31, 8), None, None, torch.zeros(4, 8), None, (1, 1, 2**31),
+                                 (1, 2, 2), 1, backend="cuda"),
+         r"less than 2\^31 tokens; got \[1, 2147483648, 8\]"),
+    ],
+    ids=["adaln", "q", "k", "video", "weight", "final_layer"],
+)  # fmt: skip
+def test_sizes_beyond_a_kernels_range_are_exceptions_with_the_shape(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call()
