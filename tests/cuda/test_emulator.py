@@ -161,6 +161,19 @@ def test_order_is_drawn_from_the_seed(run):
     assert first != order(1)
 
 
+def test_a_missing_barrier_changes_the_result(run):
+    """Where no detector watches: what another thread has not written yet is NaN, for others in each order."""
+    wrong = set()
+    for seed in SEEDS:
+        out = zeros(128)
+        assert run("hands_over<true>", IN, out=out, seed=seed) == ""
+        assert torch.equal(out[:64], IN.flip(0))
+        assert run("hands_over<false>", IN, out=out, seed=seed) == ""
+        wrong.add(tuple(out[:64].isnan().tolist()))
+        assert any(out[:64].isnan())
+    assert len(wrong) == len(SEEDS)
+
+
 def test_outputs_and_shared_memory_start_as_nan(run):
     out = zeros(64)
     assert run("leaves_some_unwritten", out=out) == ""

@@ -59,6 +59,14 @@ __global__ void overwrites(const float* in, float* out) {
   out[threadIdx.x] = total;
 }
 
+// Through global memory, which two threads of a block may both touch: only the order of threads tells
+template <bool BARRIER>
+__global__ void hands_over(const float* in, float* out) {
+  out[64 + threadIdx.x] = in[threadIdx.x];
+  if (BARRIER) __syncthreads();
+  out[threadIdx.x] = out[64 + 63 - threadIdx.x];
+}
+
 __global__ void dynamic(float* out) {
   DK_DYNAMIC_SHARED(float, tile);
   tile[threadIdx.x] = float(threadIdx.x);
@@ -226,6 +234,8 @@ const std::map<std::string, Toy> toys = {
     TOY(reverses_in_warps<false>, 1, 64, 0, A, OUT),
     TOY(overwrites<true>, 1, 64, 0, A, OUT),
     TOY(overwrites<false>, 1, 64, 0, A, OUT),
+    TOY(hands_over<true>, 1, 64, 0, A, OUT),
+    TOY(hands_over<false>, 1, 64, 0, A, OUT),
     TOY(dynamic, 1, 64, n, OUT),
     TOY(past_the_array, 1, 64, 0, OUT, n),
     TOY(shifted, 2, 32, 0, A, OUT, 0, 0),
