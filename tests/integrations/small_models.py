@@ -390,12 +390,12 @@ SMALL: dict[str, Small] = {
     "sana-video": Small("SanaVideoTransformer3DModel", dict(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
         num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24,
-        caption_channels=10, mlp_ratio=2.0, sample_size=8), _sana_video, dict(adaln=11, gated_adaln=2, gated_residual=4, patch_embed=1)),
+        caption_channels=10, mlp_ratio=2.0, sample_size=8), _sana_video, dict(adaln=7, gated_adaln=2, gated_residual=4, patch_embed=1, qk_norm_rope=4)),
     "kandinsky-5": Small("Kandinsky5Transformer3DModel", dict(
         in_visual_dim=4, in_text_dim=10, in_text_dim2=8, time_dim=12, out_visual_dim=4, model_dim=24,
         ff_dim=48, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 4, 4)), _kandinsky5, dict(adaln=3, gated_adaln=5, gated_residual=3, gelu_bias=3, qk_norm_rope=5)),
     "allegro": Small("AllegroTransformer3DModel", dict(
         num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, num_layers=2,
         cross_attention_dim=48, sample_height=4, sample_width=6, sample_frames=2, caption_channels=10),
-        _allegro, dict(adaln=2, gated_adaln=2, gated_residual=4, gelu_bias=2, patch_embed=1)),
+        _allegro, dict(adaln=2, gated_adaln=2, gated_residual=4, gelu_bias=2, patch_embed=1, qk_norm_rope=2)),
 }  # fmt: skip
