@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_kernels.ops import triton_launch, triton_rows
+from dit_kernels.ops import triton_launch, triton_rows, triton_tuning
 
 # fewer tokens than this a modulation row, and its gradient is computed a token at a time
 _LEAST_GROUP = 16
@@ -520,22 +520,48 @@ def _plan(
     x, shift, scale, weight, _, video = tensors
     x, weight, video = cast(Tensor, x), cast(Tensor, weight), cast(Tensor, video)
     call = _arrange(x, shift, scale, weight, _LEAST_GROUP + x.shape[1])
-    block_m, block_c, warps = (64, 128, 8) if native else (32, 32, 4)
+    key = (x.shape[2], weight.shape[0], native)
+    tiles = triton_tuning.choose("final_layer.forward", key, _NATIVE if native else _FLOAT32)
     block_k = max(16, min(128, triton_rows.power_of_two(weight.shape[0])))
     programs = (
-        x.shape[0] * triton.cdiv(x.shape[1], block_m),
+        x.shape[0] * triton.cdiv(x.shape[1], tiles.block_m),
         triton.cdiv(weight.shape[0], block_k),
     )
     numbers = (
         x.shape[1], grid[1], grid[2], eps, *call.x, *call.shift, *call.scale, *weight.stride(), *video.stride(),
         x.shape[2], weight.shape[0], *patch_size, _rows(patch_size, channels, layout), norm == "layer",
         *call.access, weight.is_contiguous(), call.shift_form, call.scale_form, native, precision,
-        block_m, block_c, block_k,
+        tiles.block_m, tiles.block_c, block_k,
     )  # fmt: skip
-    return triton_launch.Plan(programs, numbers, dict(num_warps=warps, num_stages=2), {})
+    options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    return triton_launch.Plan(programs, numbers, options, {})
 
 
 _plans = triton_launch.Plans(_plan)
+
+
+class _Tiles(NamedTuple):
+    """Tokens and channels a tile of the forward, warps, and stages of the load pipeline."""
+
+    block_m: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+_NATIVE, _FLOAT32 = _Tiles(64, 128, 8, 2), _Tiles(32, 32, 4, 2)
+
+
+def _candidates(key: triton_tuning.Key, default: _Tiles) -> list[_Tiles]:
+    """Narrower and wider tiles, fewer warps, a stage more."""
+    block_m, block_c, warps, stages = default
+    return [
+        default, _Tiles(block_m, block_c // 2, warps // 2, stages), _Tiles(2 * block_m, block_c // 2, warps, stages),
+        _Tiles(block_m, block_c // 2, warps, stages + 1), _Tiles(block_m, block_c, warps, stages + 1),
+    ]  # fmt: skip
+
+
+triton_tuning.CANDIDATES["final_layer.forward"] = _candidates
 
 
 def backward(

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dit_kernels.ops import triton_launch, triton_rows
+from dit_kernels.ops import triton_launch, triton_rows, triton_tuning
 from dit_kernels.ops.qk_norm_rope import triton_kernels as kernels
 
 
@@ -187,7 +187,7 @@ def backward(
                 if result is not None:
                     result.zero_()
         else:
-            tile = _tile(q.shape[2], row, False, True, 4)
+            tile = _tile(q.shape[2], row, False, _Config(4, 16))
             blocks = tile.blocks if heads > 1 else 1
             triton_launch.launch(
                 kernels.qk_norm_rope_bwd_angles_kernel, (triton.cdiv(angles.length, tile.block_n), blocks, samples),
@@ -304,25 +304,53 @@ def _tiles(
     if _one_head((q, k, *grads), {q_heads, k_heads}, angles, row, hidden):
         row = _Row(q_heads * row.dim, q_heads * row.sections, q_heads * row.angles, row.half)
         q_heads = k_heads = 1
-    backward = len(grads) > 0
-    warps = _warps(max(q_heads, k_heads), row, hidden, backward)
-    q_tile = _tile(q_heads, row, hidden, backward, warps)
-    return q_tile, _tile(k_heads, row, hidden, backward, warps), warps, row
+    heads = max(q_heads, k_heads)
+    config = triton_tuning.choose(
+        "qk_norm_rope.backward" if grads else "qk_norm_rope.forward",
+        (heads, *row, hidden),
+        _configure(heads, row, hidden, len(grads) > 0),
+    )
+    q_tile = _tile(q_heads, row, hidden, config)
+    return q_tile, _tile(k_heads, row, hidden, config), config.num_warps, row
+
+
+class _Config(NamedTuple):
+    """`held`: values of a tile of several tokens that a thread holds, at most."""
+
+    num_warps: int
+    held: int
 
 
 @functools.cache
-def _warps(heads: int, row: _Row, hidden: bool, backward: bool) -> int:
-    """Enough that a thread holds 40 channels at most, or 20 backward, where it also carries their sums."""
+def _configure(heads: int, row: _Row, hidden: bool, backward: bool) -> _Config:
+    """Enough warps that a thread holds 40 channels at most, or 20 backward, where it also carries their sums."""
+    held = 16 if backward else 32
     if not hidden:
-        return 4
+        return _Config(4, held)
     width, warps = heads * row.dim, 4
     while width > (20 if backward else 40) * 32 * warps and warps < 16:
         warps *= 2
-    return warps
+    return _Config(warps, held)
+
+
+def _candidates(key: triton_tuning.Key, default: _Config) -> list[_Config]:
+    """Half and twice the warps; half and twice the tokens a tile."""
+    heads, *row, hidden = cast(tuple[int, ...], key)
+    warps, held = default
+    found = [default, _Config(max(1, warps // 2), held), _Config(min(16, 2 * warps), held)]
+    found += [_Config(warps, held // 2), _Config(warps, 2 * held)]
+    tiles = {(c.num_warps, _tile(heads, _Row(*row), bool(hidden), c).block_n): c for c in reversed(found)}  # fmt: skip
+    return list(reversed(tiles.values()))
+
+
+triton_tuning.CANDIDATES |= {
+    "qk_norm_rope.forward": _candidates,
+    "qk_norm_rope.backward": _candidates,
+}
 
 
 @functools.cache
-def _tile(heads: int, row: _Row, hidden: bool, backward: bool, warps: int) -> _Tile:
+def _tile(heads: int, row: _Row, hidden: bool, config: _Config) -> _Tile:
     pairs = triton_rows.split(row.sections * ((row.dim // row.sections + 1) // 2))
     if hidden:
         head_parts = triton_rows.split(heads)
@@ -335,9 +363,8 @@ def _tile(heads: int, row: _Row, hidden: bool, backward: bool, warps: int) -> _T
         for j, p in enumerate(pairs)
     )
     width = 2 * sum(h * p for _, h, _, p in parts)
-    held = 16 if backward else 32
     block_n = 1
-    while block_n < 32 and 2 * block_n * width <= held * 32 * warps:
+    while block_n < 32 and 2 * block_n * width <= config.held * 32 * config.num_warps:
         block_n *= 2
     return _Tile(heads, 1 if hidden else triton.cdiv(heads, head_parts[0]), parts, block_n)
 
