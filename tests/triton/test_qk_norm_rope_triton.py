@@ -144,20 +144,24 @@ def test_views():
 
 
 def test_gradients_of_other_strides_and_of_one_output():
-    x = {name: value.requires_grad_() for name, value in qk(2, 5, 2, 16).items()}
-    weights = {name: torch.randn(16, requires_grad=True) for name in ("q_weight", "k_weight")}
-    leaves = [*x.values(), *weights.values()]
+    values = {**qk(2, 5, 2, 16), "q_weight": torch.randn(16), "k_weight": torch.randn(16)}
     dy = torch.randn(2, 2, 16, 5).permute(0, 3, 1, 2)
+
+    def grads(backend: str | None, i: int, dtype: torch.dtype = torch.float32):
+        leaves = {
+            name: value.to(dtype, copy=True).requires_grad_() for name, value in values.items()
+        }
+        out = ops.qk_norm_rope(**leaves, backend=backend)[i]
+        return torch.autograd.grad(
+            out, list(leaves.values()), dy.to(dtype), allow_unused=True, materialize_grads=True
+        )
+
     for i in (0, 1):
-        both = [
-            torch.autograd.grad(
-                ops.qk_norm_rope(**x, **weights, backend=backend)[i], leaves, dy,
-                allow_unused=True, materialize_grads=True,
-            )
-            for backend in ("triton", "reference")
-        ]  # fmt: skip
-        for got, expected in zip(*both, strict=True):
-            torch.testing.assert_close(got, expected)
+        with testing.plain_torch():
+            eager = grads(None, i)
+        oracle = grads("reference", i, torch.float64)
+        for got, exact, rough in zip(grads("triton", i), oracle, eager, strict=True):
+            testing.assert_accurate(got, exact, rough)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2, 16), (2, 0, 2, 16)])
