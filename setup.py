@@ -152,28 +152,22 @@ class CMakeBuild(build_ext):
         }  # fmt: skip
 
 
-def extensions() -> list[str]:
-    """The modules that DIT_KERNELS_CUDA and the compilers of this machine lead to."""
+def extensions() -> tuple[list[str], str]:
+    """The modules that DIT_KERNELS_CUDA and the compilers of this machine lead to; why there is no _C."""
     if wanted() == "0":
-        return []
+        return [], ""
     if cxx() is None:
-        message = "no C++ compiler: apt-get install g++"
+        missing = "no C++ compiler: apt-get install g++"
         if wanted() == "1":
-            sys.exit(f"DIT_KERNELS_CUDA=1, and there is {message}")
-        print(f"CUDA kernels are skipped: {message}", file=sys.stderr)
-        return []
+            sys.exit(f"DIT_KERNELS_CUDA=1, and there is {missing}")
+        return [], missing
     if wanted() == "1" or toolkit_nvcc() or packaged_nvcc():
-        return ["_C", "_C_emulated"]
-    print(
-        "CUDA kernels are skipped: no nvcc from CUDA 12.8 on; DIT_KERNELS_CUDA=1 takes it from PyPI",
-        file=sys.stderr,
-    )
-    return ["_C_emulated"]
+        return ["_C", "_C_emulated"], ""
+    return ["_C_emulated"], "no nvcc from CUDA 12.8 on; DIT_KERNELS_CUDA=1 takes it from PyPI"
 
 
-def build_requirements() -> list[str]:
+def build_requirements(modules: list[str]) -> list[str]:
     """What pip adds to an isolated build: the tools that this machine lacks."""
-    modules = extensions()
     if not modules:
         return []
     needed = ["pybind11>=2.13"]
@@ -182,9 +176,17 @@ def build_requirements() -> list[str]:
     return needed + (NVCC_PACKAGES if "_C" in modules and toolkit_nvcc() is None else [])
 
 
-if __name__ == "__main__":
+def main() -> None:
+    modules, missing = extensions()
+    # of the several times that pip runs this file, the one that builds
+    if missing and {"bdist_wheel", "editable_wheel", "build_ext"}.intersection(sys.argv[1:]):
+        print(f"CUDA kernels are skipped: {missing}", file=sys.stderr)
     setup(
-        ext_modules=[Extension(f"dit_kernels.{name}", []) for name in extensions()],
+        ext_modules=[Extension(f"dit_kernels.{name}", []) for name in modules],
         cmdclass={"build_ext": CMakeBuild},
-        setup_requires=build_requirements(),
+        setup_requires=build_requirements(modules),
     )
+
+
+if __name__ == "__main__":
+    main()

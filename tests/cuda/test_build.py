@@ -35,42 +35,58 @@ def build(monkeypatch):
     return module
 
 
-def test_without_nvcc_the_kernels_for_gpus_are_skipped_in_one_line(build, capsys):
-    assert build.extensions() == ["_C_emulated"]
+def run_setup(build, monkeypatch, command):
+    """Keywords of setup() under one of pip's commands."""
+    given = {}
+    monkeypatch.setattr(build, "setup", lambda **keywords: given.update(keywords))
+    monkeypatch.setattr(sys, "argv", ["setup.py", command])
+    build.main()
+    return given
+
+
+def test_without_nvcc_the_kernels_for_gpus_are_skipped_in_one_line(build, monkeypatch, capsys):
+    for command in ("egg_info", "dist_info", "bdist_wheel"):
+        given = run_setup(build, monkeypatch, command)
+        assert [extension.name for extension in given["ext_modules"]] == ["dit_kernels._C_emulated"]
+        assert given["setup_requires"] == ["pybind11>=2.13", "cmake>=3.21", "ninja"]
     (line,) = capsys.readouterr().err.splitlines()
     assert "CUDA kernels are skipped: no nvcc" in line
     assert "DIT_KERNELS_CUDA=1 takes it from PyPI" in line
-    assert build.build_requirements() == ["pybind11>=2.13", "cmake>=3.21", "ninja"]
 
 
-def test_required_nvcc_comes_from_its_packages(build, monkeypatch):
+def test_required_nvcc_comes_from_its_packages(build, monkeypatch, capsys):
     monkeypatch.setenv("DIT_KERNELS_CUDA", "1")
-    assert build.extensions() == ["_C", "_C_emulated"]
-    needed = build.build_requirements()
+    given = run_setup(build, monkeypatch, "bdist_wheel")
+    assert len(given["ext_modules"]) == 2
+    needed = given["setup_requires"]
     assert "nvidia-cuda-nvcc==13.0.*" in needed
     assert "nvidia-nvvm==13.0.*" in needed
+    assert capsys.readouterr().err == ""
     monkeypatch.setattr(build, "toolkit_nvcc", lambda: Path("/usr/local/cuda/bin/nvcc"))
-    assert not [name for name in build.build_requirements() if name.startswith("nvidia")]
+    needed = run_setup(build, monkeypatch, "bdist_wheel")["setup_requires"]
+    assert not [name for name in needed if name.startswith("nvidia")]
 
 
 def test_a_machine_without_a_compiler(build, monkeypatch, capsys):
     monkeypatch.setattr(build, "cxx", lambda: None)
-    assert build.extensions() == []
-    assert "apt-get install g++" in capsys.readouterr().err
+    given = run_setup(build, monkeypatch, "editable_wheel")
+    assert given["ext_modules"] == given["setup_requires"] == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "CUDA kernels are skipped: no C++ compiler: apt-get install g++" in line
     monkeypatch.setenv("DIT_KERNELS_CUDA", "1")
     with pytest.raises(SystemExit, match="apt-get install"):
-        build.extensions()
+        build.main()
 
 
 def test_asked_for_none(build, monkeypatch, capsys):
     monkeypatch.setenv("DIT_KERNELS_CUDA", "0")
     monkeypatch.setattr(build, "toolkit_nvcc", lambda: Path("nvcc"))
-    assert build.extensions() == []
-    assert build.build_requirements() == []
+    given = run_setup(build, monkeypatch, "bdist_wheel")
+    assert given["ext_modules"] == given["setup_requires"] == []
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("DIT_KERNELS_CUDA", "yes")
     with pytest.raises(SystemExit, match="must be 1, 0 or unset; got 'yes'"):
-        build.extensions()
+        build.main()
 
 
 def test_architectures(build, monkeypatch):
