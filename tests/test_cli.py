@@ -294,10 +294,11 @@ def test_train_defaults_are_those_of_the_library():
                 default = defaults[field.name]
                 # by default these follow the codec, and what is trained on; in pixels they are the library's
                 assert default == getattr(config, field.name) or (
-                    default is None and field.name in ("frames", "patch_size", "small_steps")
+                    default is None
+                    and field.name in ("frames", "patch_size", "small_steps", "init")
                 ), field.name
                 checked += 1
-    assert checked == 29
+    assert checked == 31
 
 
 def test_evaluate_prints_a_row_for_the_model_and_one_for_real_clips(run, weights):
@@ -321,6 +322,25 @@ def test_evaluate_counts_prompts_that_were_held_out_apart(run):
         r"mine, prompts never shown, digit by digit:  0: ./1  1: ./1  2: ./1\s+3: ./1\n", result.out
     )
     assert re.search(r"mine, other prompts, digit by digit:  0: ./3  1: ./1\n", result.out)
+
+
+def test_a_run_from_other_weights_in_other_words(run, weights):
+    short = ("--steps", 1, "--checkpoint-every", 1, "--batch-size", 4)
+    begin = ("train", "--out", "r", "--init", weights, "--wordings", *short)
+    assert run(*begin).code == 0
+    result = run(*begin, "--hidden-size", 48, "--resume")
+    assert "--hidden-size 48 differs from 32 in r/checkpoint.safetensors" in result.err
+    result = run("train", "--out", "s", "--init", weights, "--hidden-size", 48)
+    assert result.code == 2
+    assert f"--hidden-size 48 differs from 32 in {weights}, which --init begins with" in result.err
+    result = run("train", "--out", "s", "--init", "nothing.safetensors")
+    assert result.code == 2
+    assert "nothing.safetensors" in result.err
+    command = ["evaluate", "--count", 4, "--steps", 1, "--weights", "r/model.safetensors"]
+    result = run(*command, "--name", "mine", "--bar", 0)
+    assert re.search(r"mine, prompts never shown, digit by digit:  0: ./4\n", result.out)
+    assert run("generate", "the digit two drifting upwards", "--weights", "r/model.safetensors",
+               "--steps", 1, "--out", "two.gif").code == 0  # fmt: skip
 
 
 def test_demo_says_where_the_files_are_and_what_to_type_next(run, weights, monkeypatch, tmp_path):

@@ -11,14 +11,17 @@ from dit_kernels.video.digits import (
     DIGIT_SIZE,
     DIRECTIONS,
     SPEED,
+    WORDINGS,
     MovingDigit,
     MovingDigits,
     all_captions,
     caption_of,
     captions_of_split,
+    held_out_wording,
     load_scans,
     parse_caption,
     parse_captions,
+    unseen_captions,
 )
 from dit_kernels.video.evaluation import motion_of
 
@@ -38,6 +41,40 @@ def test_captions_and_their_meaning_are_inverse():
     assert "a one moving down" in captions
     assert [caption_of(parse_caption(caption)) for caption in captions] == captions
     assert {word for caption in captions for word in caption.split()} == set(CAPTION_WORDS)
+
+
+def test_every_wording_says_the_same():
+    said = {
+        caption_of(MovingDigit(digit, way, speed, wording)): (digit, way, speed)
+        for digit in range(10)
+        for way in DIRECTIONS
+        for speed in ("", "slowly")
+        for wording in WORDINGS
+    }
+    assert len(said) == 10 * 4 * 2 * 36
+    assert said["the digit seven drifting leftwards"] == (7, "left", "")
+    assert said["a handwritten eight going to the top slowly"] == (8, "up", "slowly")
+    for caption, meaning in said.items():
+        found = parse_caption(caption)
+        assert (found.digit, found.direction, found.speed) == meaning
+        assert caption_of(found) == caption
+
+
+def test_wordings_that_are_held_out_are_never_shown():
+    unseen = unseen_captions()
+    assert len(set(unseen)) == len(unseen) == 288
+    assert all(held_out_wording(parse_caption(caption)) for caption in unseen)
+    # the first forty ask for each pair of a digit and a direction once
+    assert {(m.digit, m.direction) for m in map(parse_caption, unseen[:40])} == {
+        (digit, way) for digit in range(10) for way in DIRECTIONS
+    }
+    clips = MovingDigits(wordings=True)
+    shown = {clips[index][1] for index in range(1500)}
+    assert len(shown) > 700
+    assert not shown & set(unseen)
+    words = {word for caption in (*shown, *unseen) for word in caption.split()}
+    assert words == set(clips.words)
+    assert torch.equal(clips[3][0], MovingDigits()[3][0])
 
 
 @pytest.mark.parametrize("caption", ["", "a seven", "a dog moving left", "a seven moving away"])

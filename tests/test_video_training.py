@@ -1,6 +1,8 @@
 """Training: the loss, the averaged weights, checkpoints, and runs that were interrupted."""
 
+import copy
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -284,6 +286,54 @@ def test_the_first_steps_can_be_on_small_clips():
     trainer.step()
 
 
+def test_steps_on_longer_and_larger_clips():
+    config = dataclasses.replace(
+        RUN, vary_every=3, small_steps=1, small_batch_size=6, small_size=16
+    )
+    trainer = Trainer(SMALL, config)
+    shapes = []
+    for step in range(6):
+        trainer.step_number = step
+        shapes.append(tuple(trainer._draw()[0].shape))
+        count, _, *size = shapes[-1]
+        assert trainer.tokens(step) == count * math.prod(size) // 4**3
+    usual, longer, larger = (4, 1, 4, 16, 16), (2, 1, 8, 16, 16), (2, 1, 4, 24, 24)
+    assert shapes == [(6, 1, 4, 16, 16), longer, larger, usual, longer, larger]
+    with pytest.raises(ValueError, match="vary_every must be 0, or at least 3; got 2"):
+        Trainer(SMALL, dataclasses.replace(RUN, vary_every=2))
+    with pytest.raises(ValueError, match=r"patch"):  # 30 is no multiple of a patch
+        Trainer(dataclasses.replace(SMALL, size=20), config)
+
+
+def test_a_run_begins_with_the_weights_of_another(tmp_path):
+    first = Trainer(SMALL, RUN)
+    first.step()
+    first.finish(tmp_path)
+    weights = TextToVideo.load(tmp_path / "model.safetensors")
+    words = ("new", *reversed(SMALL.words), "words")
+    trainer = Trainer(dataclasses.replace(SMALL, words=words, text_length=40, size=24), RUN)
+    fresh = copy.deepcopy(trainer.model.text.state_dict())
+    trainer.start_from(weights)
+    for model in (trainer.model, trainer.ema):
+        for name, tensor in model.state_dict().items():
+            known = weights.state_dict()[name]
+            if name == "text.position":
+                assert torch.equal(tensor[:32], known)
+                assert torch.equal(tensor[32:], fresh["position"][32:])
+            elif name == "text.embedding.weight":
+                assert torch.equal(tensor[:2], known[:2])
+                assert torch.equal(tensor[3:-1].flip(0), known[2:])
+                assert torch.equal(tensor[[2, -1]], fresh["embedding.weight"][[2, -1]])
+            else:
+                assert torch.equal(tensor, known), name
+    x, t = torch.randn(1, 1, 4, 16, 16), torch.tensor([0.5])
+    with torch.no_grad():
+        text = [model.encode_text(["a seven moving left"]) for model in (weights, trainer.ema)]
+        assert torch.equal(text[0][0], text[1][0])
+        assert torch.equal(weights(x, t, *text[0]), trainer.ema(x, t, *text[1]))
+    trainer.step()
+
+
 def test_curves_and_logs_show_every_step_once(tmp_path):
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -315,7 +365,7 @@ def test_checkpoints_of_the_first_version_are_read(tmp_path):
     for name in ("codec", "codec_fingerprint", "text_encoder", "text_length", "objective"):
         del settings["model"][name]
     for name in ("small_steps", "small_batch_size", "small_frames", "small_size", "accumulate",
-                 "given_share", "clips"):  # fmt: skip
+                 "given_share", "vary_every", "init", "clips"):  # fmt: skip
         del settings["training"][name]
     write_checkpoint(tmp_path / "old", tensors, settings)
     old = Trainer.load(tmp_path / "old")

@@ -102,6 +102,14 @@ HoldOut = Annotated[
         help="Never show ten of the forty prompts; `dit-kernels evaluate` then counts them apart.",
     ),
 ]
+Wordings = Annotated[
+    bool,
+    typer.Option(
+        "--wordings",
+        help="Captions in 36 wordings (the digit seven drifting to the left), a fifth of which are "
+        "held out; `dit-kernels evaluate` then asks in those.",
+    ),
+]
 FrameStep = Annotated[
     int, typer.Option(min=1, help="Of a real video, take every so many-th frame.")
 ]

@@ -174,8 +174,9 @@ def evaluate(
 ) -> None:
     """Count how often the videos show the asked digit, moving the asked way; exit code 1 below the bar.
 
-    Of a model that was trained with `--hold-out`, the ten prompts that it was never shown and the
-    thirty others are counted apart; both have to pass.
+    A model that was trained with `--wordings`, as the shipped one was, is asked in wordings that it was
+    never shown. Of one that was trained with `--hold-out`, the ten prompts that it was never shown and
+    the thirty others are counted apart; both have to pass.
 
     A support vector machine fitted on real scans, which knows nothing of the model, reads the
     digits; the direction is measured from the shift of the ink. The row for real clips, of
@@ -188,7 +189,7 @@ def evaluate(
     * `dit-kernels evaluate --json docs/evaluation.json --markdown README.md`
     """
     from dit_kernels.video import evaluation
-    from dit_kernels.video.digits import all_captions, captions_of_split
+    from dit_kernels.video.digits import all_captions, captions_of_split, unseen_captions
     from dit_kernels.video.model import TextToVideo
 
     if markdown is not None and json is None:
@@ -196,6 +197,8 @@ def evaluate(
     model = TextToVideo.load(weights).to(torch_device(device))
     sizes = model.config
     asked = {name: all_captions()}
+    if model.wordings:
+        asked = {f"{name}, prompts never shown": unseen_captions()}
     if model.hold_out:
         asked = {
             f"{name}, prompts never shown": captions_of_split("test"),

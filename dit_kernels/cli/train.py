@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from dit_kernels.cli.console import (
     Size,
     Speeds,
     Threads,
+    Wordings,
     app,
     output,
     parse_patch,
@@ -46,10 +48,18 @@ def train(
         Path, typer.Option(help="Folder for checkpoint.safetensors and model.safetensors.")
     ] = Path("runs/digits"),
     resume: Resume = False,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Begin with the weights of another run's model.safetensors, which decide the size "
+            "of the model; or shipped, the model of the package."
+        ),
+    ] = None,
     data: Data = "digits",
     digits: MostDigits = 1,
     speeds: Speeds = False,
     hold_out: HoldOut = False,
+    wordings: Wordings = False,
     frame_step: FrameStep = 1,
     frames: Annotated[
         int | None,
@@ -102,6 +112,14 @@ def train(
     small_batch_size: Annotated[int, typer.Option(min=1, help="Small clips a step.")] = 64,
     small_frames: Annotated[int, typer.Option(min=1, help="Frames in a small clip.")] = 4,
     small_size: Size = 24,
+    vary_every: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Of every so many steps, one on clips twice as long and one on clips half as large "
+            "again, for videos of other sizes; 0 for none.",
+        ),
+    ] = 0,
     accumulate: Annotated[
         int, typer.Option(min=1, help="Parts that a step's clips are computed in, to save memory.")
     ] = 1,
@@ -158,7 +176,7 @@ def train(
     * `dit-kernels train --out runs/films --data my-videos --size 64x96 --text-mode cross`
     """
     from dit_kernels.video import training
-    from dit_kernels.video.model import ModelConfig
+    from dit_kernels.video.model import ModelConfig, TextToVideo
 
     model_values: dict[str, Any] = {
         "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "size": size,
@@ -169,7 +187,8 @@ def train(
     given = {"frames": frames, "patch_size": patch_size}
     if small_steps is None:
         shipped = training.SHIPPED_RUN
-        same = (data, codec, frames, size, steps) == ("digits", "identity", None, 32, shipped.steps)
+        kind = data, codec, frames, size, steps, init
+        same = kind == ("digits", "identity", None, 32, shipped.steps, None)
         small_steps = shipped.small_steps if same else 0
     run_values: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "accumulate": accumulate,
@@ -177,9 +196,10 @@ def train(
         "small_frames": small_frames, "small_size": small_size, "time_mean": time_mean,
         "learning_rate": learning_rate, "warmup_steps": warmup_steps, "optimizer": optimizer,
         "caption_dropout": caption_dropout, "ema_decay": ema_decay, "given_share": given_share,
-        "checkpoint_every": checkpoint_every, "seed": seed, "bf16": bf16,
+        "vary_every": vary_every, "init": str(init or ""), "checkpoint_every": checkpoint_every, "seed": seed, "bf16": bf16,
     }  # fmt: skip
-    clips_values = clips_settings(data, digits, speeds, frame_step) | {"hold_out": hold_out}
+    clips_values = clips_settings(data, digits, speeds, frame_step)
+    clips_values |= {"hold_out": hold_out, "wordings": wordings}
     checkpoint = start_run(out, resume, threads)
     where = torch_device(device)
     if checkpoint.is_file():
@@ -191,14 +211,28 @@ def train(
         ):
             refuse_changes(context, config, values, checkpoint)
     else:
-        config = ModelConfig(
-            **model_values, **{k: v for k, v in given.items() if v is not None},
-            **({} if codec == "identity" else {k: v for k, v in LATENT.items() if given[k] is None}),
-        )  # fmt: skip
-        clips_config, config, clips = open_for_model(clips_values, config, seed)
+        weights = None
+        if init is None:
+            config = ModelConfig(
+                **model_values, **{k: v for k, v in given.items() if v is not None},
+                **({} if codec == "identity" else {k: v for k, v in LATENT.items() if given[k] is None}),
+            )  # fmt: skip
+        else:
+            weights = TextToVideo.load(None if str(init) == "shipped" else init)
+            sizes = {"size": size, "frames": frames}
+            fixed = {k: v for k, v in (model_values | given).items() if k not in sizes}
+            refuse_changes(context, weights.config, fixed, init, "--init begins with")
+            config = dataclasses.replace(
+                weights.config, **{k: v for k, v in sizes.items() if is_given(context, k)}
+            )
+        clips_config, config, clips = open_for_model(
+            clips_values, config, seed, weights.config.words if weights else ()
+        )
         trainer = training.Trainer(
             config, training.TrainingConfig(clips=clips_config, **run_values), where, clips
         )
+        if weights is not None:
+            trainer.start_from(weights)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     output.print(
         f"{parameters:,} parameters, step {trainer.step_number:,} of {trainer.config.steps:,}, "
@@ -332,11 +366,9 @@ def start_run(out: Path, resume: bool, threads: int | None) -> Path:
 
 
 def open_for_model(
-    values: dict[str, Any], config: ModelConfig, seed: int
+    values: dict[str, Any], config: ModelConfig, seed: int, known: Sequence[str] = ()
 ) -> tuple[ClipsConfig, ModelConfig, Clips]:
-    """Open the clips, and fit the model to them: its words, and colours or grey."""
-    import dataclasses
-
+    """Open the clips, and fit the model to them: its words after those it knows, and colours or grey."""
     from dit_kernels.video.data import DIGITS, ClipsConfig, open_clips
     from dit_kernels.video.text import words_of
 
@@ -347,7 +379,7 @@ def open_for_model(
     return (
         clips_config,
         dataclasses.replace(
-            config, channels=channels, words=clips.words,
+            config, channels=channels, words=tuple(dict.fromkeys((*known, *clips.words))),
             text_length=max(config.text_length, longest + 1),
         ),
         clips,
@@ -373,15 +405,22 @@ def run_to_the_end(trainer: Run, out: Path, work: Callable[[int], int], unit: st
         raise typer.Exit(130) from None
 
 
+def is_given(context: typer.Context, option: str) -> bool:
+    """Whether the user typed an option."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def refuse_changes(
-    context: typer.Context, config: object, values: dict[str, Any], checkpoint: Path
+    context: typer.Context,
+    config: object,
+    values: dict[str, Any],
+    checkpoint: Path,
+    why: str = "--resume goes on with",
 ) -> None:
     """A resumed run has the checkpoint's settings; an option that says otherwise is an error."""
     for name, value in values.items():
-        given = context.get_parameter_source(name)
         kept = getattr(config, name)
-        if given is not None and given.name == "COMMANDLINE" and value != kept:
+        if is_given(context, name) and value != kept:
             option = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{option} {value} differs from {kept} in {checkpoint}, which --resume goes on with"
-            )
+            raise ValueError(f"{option} {value} differs from {kept} in {checkpoint}, which {why}")

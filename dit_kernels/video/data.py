@@ -32,6 +32,7 @@ class ClipsConfig:
     most_digits: int = 1
     speeds: bool = False
     hold_out: bool = False  # no digit goes the one way that `digits.held_out` names for it
+    wordings: bool = False  # captions in many wordings, a fifth of which are held out
     frame_step: int = 1  # of a real video every so many-th frame is taken
 
 
@@ -47,7 +48,7 @@ def open_clips(
     if config.data == DIGITS:
         return MovingDigits(
             frames, size, seed, most_digits=config.most_digits, speeds=config.speeds,
-            channels=channels, hold_out=config.hold_out,
+            channels=channels, hold_out=config.hold_out, wordings=config.wordings,
         )  # fmt: skip
     from dit_kernels.video.real_clips import RealClips
 

@@ -2,14 +2,17 @@
 
 scikit-learn ships 1,797 scanned digits of 8x8 pixels. Each is enlarged to 14x14 and moved at a
 constant speed over a black frame. A fifth of the scans is held out for testing, so a test clip
-shows handwriting that no training clip showed. Captions can be held out too: with hold_out no
-training clip shows a digit going the one way that `held_out` names for it, so that a model which
+shows handwriting that no training clip showed. Prompts can be held out too, of two kinds. With
+`wordings` captions say the same in 36 ways, of which a fifth are never in training. With `hold_out`
+no training clip shows a digit going the one way that `held_out` names for it, so that a model which
 shows it must have learned digits and directions apart.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,14 +30,37 @@ GRID = 2  # pixels between the places where a digit can start
 SPEEDS = {"slowly": 1, "": SPEED, "quickly": 4}  # said last, or not at all
 SPLITS = ("train", "test")
 
+# the first of each is plain
+NOUNS = ("a", "the digit", "a handwritten")
+VERBS = ("moving", "going", "sliding", "drifting")
+WAYS = {
+    "left": ("left", "to the left", "leftwards"),
+    "right": ("right", "to the right", "rightwards"),
+    "up": ("up", "to the top", "upwards"),
+    "down": ("down", "to the bottom", "downwards"),
+}
+Wording = tuple[int, int, int]  # of NOUNS, VERBS and WAYS
+PLAIN: Wording = (0, 0, 0)
+WORDINGS: tuple[Wording, ...] = tuple(itertools.product(range(3), range(4), range(3)))
+MORE_WORDS = tuple(
+    word
+    for word in dict.fromkeys(" ".join((*NOUNS, *VERBS, *sum(WAYS.values(), ()))).split())
+    if word not in CAPTION_WORDS
+)
+_ONE = re.compile(
+    rf"(?P<noun>an?|{'|'.join(NOUNS[1:])}) (?P<digit>{'|'.join(DIGIT_WORDS)}) (?P<verb>{'|'.join(VERBS)})"
+    rf" (?P<way>{'|'.join(sum(WAYS.values(), ()))})( (?P<speed>slowly|quickly))?"
+)
+
 
 @dataclass(frozen=True)
 class MovingDigit:
-    """What a caption says of one digit: which one, which way it goes, and how fast."""
+    """What a caption says of one digit: which one, which way it goes, how fast, and in which words."""
 
     digit: int
     direction: str
     speed: str = ""
+    wording: Wording = PLAIN
 
 
 def caption_of(*moving: MovingDigit) -> str:
@@ -46,15 +72,14 @@ def parse_caption(caption: str) -> MovingDigit:
     """The moving digit that a caption of one asks for; the inverse of `caption_of`.
 
     Raises:
-        ValueError: the caption is not `a <digit> moving <direction>`, with or without a speed.
+        ValueError: the caption is not `a <digit> moving <direction>`, with or without a speed, nor the
+            same in another wording.
     """
-    match caption.lower().split():
-        case ["a" | "an", word, "moving", direction, *speed] if (
-            word in DIGIT_WORDS
-            and direction in DIRECTIONS
-            and speed in ([], ["slowly"], ["quickly"])
-        ):
-            return MovingDigit(DIGIT_WORDS.index(word), direction, "".join(speed))
+    if found := _ONE.fullmatch(" ".join(caption.lower().split())):
+        noun = "a" if found["noun"] == "an" else found["noun"]
+        way = next(way for way, said in WAYS.items() if found["way"] in said)
+        wording = NOUNS.index(noun), VERBS.index(found["verb"]), WAYS[way].index(found["way"])
+        return MovingDigit(DIGIT_WORDS.index(found["digit"]), way, found["speed"] or "", wording)
     raise ValueError(
         f'caption must read "a <{"|".join(DIGIT_WORDS)}> moving <{"|".join(DIRECTIONS)}> [slowly|quickly]"; '
         f'got "{caption}"'
@@ -72,8 +97,28 @@ def parse_captions(caption: str) -> tuple[MovingDigit, ...]:
 
 def _phrase_of(moving: MovingDigit) -> str:
     word = DIGIT_WORDS[moving.digit]
-    article = "an" if word[0] in "aeiou" and word != "one" else "a"
-    return f"{article} {word} moving {moving.direction} {moving.speed}".strip()
+    noun, verb, way = moving.wording
+    article = "an" if noun == 0 and word == "eight" else NOUNS[noun]
+    said = f"{article} {word} {VERBS[verb]} {WAYS[moving.direction][way]} {moving.speed}"
+    return said.strip()
+
+
+def held_out_wording(moving: MovingDigit) -> bool:
+    """Whether training never shows what the caption says in these words: seven or eight of 36 wordings."""
+    way = list(DIRECTIONS).index(moving.direction)
+    return (sum(moving.wording) + moving.digit + way) % 5 == 0
+
+
+def unseen_captions() -> list[str]:
+    """Captions of one digit at the plain speed, in wordings held out from training; the forty pairs of
+    digit and direction in turn."""
+    ways = [
+        [m for w in WORDINGS if held_out_wording(m := MovingDigit(digit, way, "", w))]
+        for digit in range(10)
+        for way in DIRECTIONS
+    ]
+    turns = itertools.zip_longest(*ways)
+    return [caption_of(m) for m in itertools.chain.from_iterable(turns) if m is not None]
 
 
 def held_out(digit: int, direction: str) -> bool:
@@ -139,6 +184,7 @@ class MovingDigits:
         speeds: also digits that move slowly or quickly.
         channels: C of the clips; all are the same grey.
         hold_out: no digit goes the way that `held_out` names for it.
+        wordings: captions in other words than the plain ones, but for those that are held out.
     """
 
     def __init__(
@@ -152,6 +198,7 @@ class MovingDigits:
         speeds: bool = False,
         channels: int = 1,
         hold_out: bool = False,
+        wordings: bool = False,
     ) -> None:
         self.frames = frames
         self.size = (size, size) if isinstance(size, int) else tuple(size)
@@ -161,6 +208,7 @@ class MovingDigits:
         self.speeds = speeds
         self.channels = channels
         self.hold_out = hold_out
+        self.wordings = wordings
         if frames < 1:
             raise ValueError(f"frames must be at least 1; got {frames}")
         if min(self.size) < DIGIT_SIZE:
@@ -176,7 +224,8 @@ class MovingDigits:
     @property
     def words(self) -> tuple[str, ...]:
         """Every word of the captions."""
-        more = ("and",) if self.most_digits > 1 else ()
+        more = MORE_WORDS if self.wordings else ()
+        more += ("and",) if self.most_digits > 1 else ()
         return CAPTION_WORDS + more + (tuple(filter(None, SPEEDS)) if self.speeds else ())
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
@@ -217,4 +266,8 @@ class MovingDigits:
         frame = np.arange(self.frames)[:, None, None]
         where = frame, rows[:, :, None], columns[:, None, :]
         canvas[where] = np.maximum(canvas[where], self.scans[scan])
-        return MovingDigit(digit, direction, speed)
+        if not self.wordings:
+            return MovingDigit(digit, direction, speed)
+        said = [MovingDigit(digit, direction, speed, wording) for wording in WORDINGS]
+        said = [moving for moving in said if not held_out_wording(moving)]
+        return said[rng.integers(len(said))]

@@ -77,7 +77,9 @@ class TextToVideo(nn.Module):
         ValueError: values that don't go together, or a codec other than the one trained with.
     """
 
-    hold_out = False  # whether some prompts were held out from its training
+    # what was held out from its training: pairs of a digit and a direction, wordings
+    hold_out = False
+    wordings = False
 
     def __init__(self, config: ModelConfig | None = None) -> None:
         super().__init__()
@@ -217,7 +219,9 @@ class TextToVideo(nn.Module):
         model = cls(model_config(settings["model"]))
         model.load_state_dict(tensors)
         trained_with = settings.get("training") or settings.get("trained_with") or {}
-        model.hold_out = trained_with.get("clips", {}).get("hold_out", False)
+        clips = trained_with.get("clips", {})
+        model.hold_out = clips.get("hold_out", False)
+        model.wordings = clips.get("wordings", False)
         return model.eval()
 
 

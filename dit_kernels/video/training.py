@@ -33,6 +33,7 @@ from dit_kernels.video.runs import (
     settings_of,
     train,
 )
+from dit_kernels.video.text import START
 
 __all__ = [
     "CHECKPOINT_NAME",
@@ -59,7 +60,9 @@ class TrainingConfig:
     """Settings of a run.
 
     batch_size is the clips of a step, which are computed in `accumulate` parts. The first small_steps
-    can be on shorter and smaller clips, more of them a step, which are learned from in less time.
+    can be on shorter and smaller clips, more of them a step, which are learned from in less time. Of
+    every vary_every of the other steps one is on clips twice as long and one on clips half as large
+    again, half as many of them; 0 for none. init names the weights that the run began with.
     given_share is the share of clips whose first frames are given.
     """
 
@@ -84,12 +87,24 @@ class TrainingConfig:
     small_size: int | tuple[int, int] = 24
     accumulate: int = 1
     given_share: float = 0.0
+    vary_every: int = 0
+    init: str = ""
     clips: ClipsConfig = dataclasses.field(default_factory=ClipsConfig)
 
 
 # The run that made the weights that ship with the package. Small clips have a third of the tokens
-# and show as much of a digit; the large ones then teach what small ones lack: long motion.
+# and show as much of a digit; the large ones then teach what small ones lack: long motion. A second
+# run from its weights (`make weights`) teaches other words and sizes.
 SHIPPED_RUN = TrainingConfig(small_steps=5_000, given_share=0.15)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """The clips of a step: frames, height and width, and how many."""
+
+    frames: int
+    size: tuple[int, int]
+    count: int
 
 
 def flow_matching_loss(
@@ -147,7 +162,13 @@ class Trainer:
         self.device = torch.device(device)
         self.step_number = 0
         self.losses: list[float] = []
-        for size in (config.batch_size, config.small_batch_size if config.small_steps else 0):
+        if config.vary_every not in (0, *range(3, 1_000_000)):
+            raise ValueError(f"vary_every must be 0, or at least 3; got {config.vary_every}")
+        for size in (
+            config.batch_size,
+            config.small_batch_size if config.small_steps else 0,
+            config.batch_size // 2 if config.vary_every else 0,
+        ):
             if size % config.accumulate:
                 raise ValueError(
                     f"accumulate must divide the clips of a step; got {config.accumulate} and {size}"
@@ -157,28 +178,69 @@ class Trainer:
             self.model = TextToVideo(model_config).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizers = make_optimizers(self.model, self.config)
-        sizes = self.model.config
-        self.data = data or open_clips(
-            config.clips, sizes.frames, sizes.size, sizes.channels, config.seed
+        usual, longer, larger, small = self._phases()
+        wanted = (
+            [usual]
+            + [longer, larger] * bool(config.vary_every)
+            + [small] * bool(config.small_steps)
         )
-        self.small_data: Clips | None = None
-        if config.small_steps:
-            self.small_data = open_clips(
-                config.clips, config.small_frames, config.small_size, sizes.channels, config.seed
-            )
+        for phase in wanted:
+            self._patches(phase)
+        self._clips = {phase: self._open(phase) for phase in wanted if phase != usual or not data}
+        self.data = self._clips.setdefault(usual, data) if data else self._clips[usual]
+
+    def _phases(self) -> list[Phase]:
+        """The clips of most steps; where they vary, longer and larger ones; small ones."""
+        config, model = self.config, self.model.config
+        frames, (height, width), count = model.frames, model.height_width, config.batch_size
+        half = max(1, count // 2)
+        return [
+            Phase(frames, (height, width), count),
+            Phase(2 * frames - frames % 2, (height, width), half),
+            Phase(frames, (height * 3 // 2, width * 3 // 2), half),
+            Phase(config.small_frames, pair(config.small_size), config.small_batch_size),
+        ]
+
+    def _phase(self, step: int) -> Phase:
+        usual, longer, larger, small = self._phases()
+        if step < self.config.small_steps:
+            return small
+        turn = step % self.config.vary_every if self.config.vary_every else 0
+        return {1: longer, 2: larger}.get(turn, usual)
+
+    def _open(self, phase: Phase) -> Clips:
+        config = self.config
+        return open_clips(
+            config.clips, phase.frames, phase.size, self.model.config.channels, config.seed
+        )
 
     def tokens(self, step: int) -> int:
         """Patches that a step trains on."""
-        config, model = self.config, self.model
-        frames, size, clips = model.config.frames, model.config.height_width, config.batch_size
-        if step < config.small_steps:
-            frames, size, clips = (
-                config.small_frames,
-                pair(config.small_size),
-                config.small_batch_size,
-            )
-        _, *latent_size = model.codec.latent_shape(frames, *size)
-        return clips * math.prod(model.dit.grid(latent_size))
+        return self._patches(self._phase(step))
+
+    def _patches(self, phase: Phase) -> int:
+        _, *latent_size = self.model.codec.latent_shape(phase.frames, *phase.size)
+        return phase.count * math.prod(self.model.dit.grid(latent_size))
+
+    def start_from(self, weights: TextToVideo) -> None:
+        """Begin with another model's weights; words and places that it did not have begin as they were."""
+        for model in (self.model, self.ema):
+            own, known = model.state_dict(), weights.state_dict()
+            for name in ("text.embedding.weight", "text.position"):
+                if name in known and known[name].shape != own[name].shape:
+                    rows = torch.arange(len(known[name]))
+                    if name == "text.embedding.weight":
+                        (ids,), _ = model.tokenizer([" ".join(weights.tokenizer.words)])
+                        rows[START + 1 :] = ids[1:]
+                    known[name] = own[name].index_copy(
+                        0, rows.to(self.device), known[name].to(self.device)
+                    )
+            if (
+                "dit.pos_embed" in known
+                and known["dit.pos_embed"].shape != own["dit.pos_embed"].shape
+            ):
+                known["dit.pos_embed"] = own["dit.pos_embed"]  # a table of the size
+            model.load_state_dict(known)
 
     def step(self) -> float:
         """One step of the optimizer.
@@ -248,11 +310,10 @@ class Trainer:
         """Clean latents, captions (some dropped), noise levels or steps, noise and given frames of this step."""
         config = self.config
         generator = random_generator(config.seed, self.step_number)
-        data, count = self.data, config.batch_size
-        if self.small_data is not None and self.step_number < config.small_steps:
-            data, count = self.small_data, config.small_batch_size
+        phase = self._phase(self.step_number)
+        count = phase.count
         first = self.step_number * count
-        video, captions = data.batch(range(first, first + count))
+        video, captions = self._clips[phase].batch(range(first, first + count))
         clean = self.model.codec.encode(video.to(self.device))
         dropped = torch.rand(count, generator=generator) < config.caption_dropout
         captions = ["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)]
