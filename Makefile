@@ -43,6 +43,7 @@ test: $(INSTALLED) $(BUILT) ## All tests; no GPU is needed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 	$(BIN)/python -m benchmarks.audit --check
 	DIT_KERNELS_EMULATE=1 DIT_KERNELS_CUDA_ARCHS="$(ARCHS)" $(BIN)/python -m pytest tests/cuda
+	$(BIN)/python -m benchmarks.audit_cuda --check
 
 lint: $(INSTALLED) ## Formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -80,15 +81,18 @@ codec: $(INSTALLED) ## Train the shipped codec again (ten minutes on two cores; 
 	$(BIN)/dit-kernels train-codec --out runs/codec --resume
 
 latents: $(INSTALLED) ## Train a model in the latents of the shipped codec (resumes)
-	$(BIN)/dit-kernels train --out runs/latents --resume --codec causal --pos-embed rope --qk-norm rms \
-		--optimizer adamw --learning-rate 1.5e-3 --batch-size 32 --time-mean 1.0 --given-share 0.15 \
-		--steps 15000 --small-steps 5000 --small-frames 5
+	$(BIN)/dit-kernels train --out runs/latents-first --resume --codec causal --time-mean 1.0 --hold-out \
+		--steps 10000 --small-steps 3500 --small-frames 5
+	$(BIN)/dit-kernels train --out runs/latents --resume --init runs/latents-first/model.safetensors \
+		--time-mean 1.0 --wordings --steps 3000 --learning-rate 0.0007
 
 evaluate: $(INSTALLED) ## Judge the shipped weights; docs/evaluation.json and README's table
 	$(BIN)/dit-kernels evaluate --json docs/evaluation.json --markdown README.md
 
-weights: $(INSTALLED) ## Train the shipped weights again (seventy minutes on one core; resumes)
-	$(BIN)/dit-kernels train --out runs/digits --resume
+weights: $(INSTALLED) ## Train the shipped weights again (two hours on one core; resumes)
+	$(BIN)/dit-kernels train --out runs/plain --resume
+	$(BIN)/dit-kernels train --out runs/digits --resume --init runs/plain/model.safetensors --wordings \
+		--vary-every 4 --steps 4000 --learning-rate 0.0007
 
 clean: ## Remove the environment and what the commands wrote
 	rm -rf $(VENV) demo build dist *.egg-info

@@ -1,15 +1,16 @@
 """The binaries of the CUDA kernels, compiled without a GPU: `python -m benchmarks.audit_cuda`.
 
-Calls the public ops, forward and backward, at the benchmark shapes with launches recorded by the emulator's
-extension: these kernels, with their template arguments, threads and dynamic shared memory, are the ones
-that default configurations reach. nvcc compiles each source for each architecture, and registers, spills,
-shared memory, widths of global access and matrix instructions are read from the machine code. Writes
-`audit_cuda.md` and `audit_cuda.json` beside this file; a source is compiled again when it, a header it
-includes, the flags or the compiler's version changed.
+Calls the public ops, forward and backward, at the benchmark shapes in each dtype with launches recorded by
+the emulator's extension: these kernels, with their template arguments, threads and dynamic shared memory,
+are the ones that default configurations reach. nvcc compiles each source for each architecture, and
+registers, spills, shared memory, widths of global access and matrix instructions are read from the machine
+code. Writes `audit_cuda.md` and `audit_cuda.json` beside this file; a source is compiled again when it, a
+header it includes, the flags, the compiler's version or the way it is read changed.
 
-Fails on a spill, and on a kernel most of whose bytes come by loads narrower than 16: those inside its
-loops, or all where it has no loop that loads. --check compiles nothing and fails where the committed table
-is not of these sources.
+Fails on a spill; on a kernel most of whose bytes come by loads narrower than 16: those inside its loops, or
+all where it has no loop that loads; on a product of 16-bit tiles without tensor cores; and on a kernel of
+rows without asynchronous copies. --check compiles nothing and fails also where the committed table is not of
+these sources.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import argparse
 import collections
 import hashlib
 import importlib.util
+import inspect
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -41,27 +44,49 @@ from dit_kernels.ops import cuda_extension
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-ARCHS = ("90a", "80", "100", "89")
-# per multiprocessor: registers, threads, blocks, shared memory in KiB
+ARCHS = ("80", "89", "90a", "100")
+# per multiprocessor: registers, threads, blocks, shared memory in KiB, of which a block can have all but one
 LIMITS = {
     "80": (65536, 2048, 32, 164),
     "89": (65536, 1536, 24, 100),
     "90a": (65536, 2048, 32, 228),
     "100": (65536, 2048, 32, 228),
 }
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # kernels whose narrow loads are no fault, and why
 NARROW: dict[str, str] = {}
+# 16-bit products of tiles belong on tensor cores; the next rows belong on their way while these are computed
+PRODUCTS = (
+    "patch_embed_fwd_kernel", "patch_embed_bwd_video_kernel", "patch_embed_bwd_weight_kernel",
+    "final_layer_fwd_kernel", "final_layer_bwd_rows_kernel", "final_layer_bwd_weight_kernel",
+)  # fmt: skip
+PREFETCHED = ("adaln_fwd_kernel", "adaln_bwd_kernel")
+NARROW_TYPES = ("__nv_bfloat16", "__half")
 
 Row = dict[str, Any]
 Call = tuple[str, tuple[int, int, int], tuple[int, int, int], int]
 
 
-def calls(op: str) -> Iterator[tuple[str, Call]]:
+def calls(op: str, arch: str = "90a") -> Iterator[tuple[str, Call]]:
     """(label, launch) of each kernel that the op reaches at the benchmark shapes, once a configuration."""
     kernels, seen = cuda_extension.kernels(), set()
-    for name, shape in SHAPES.items():
+    kibibytes = LIMITS[arch][3] - 1
+    shared_memory = cuda_extension.shared_memory
+    cuda_extension.shared_memory = lambda tensor: kibibytes * 1024
+    module = backends.load(op, "cuda")
+    for name, plans in vars(module).items():
+        if name.endswith("_plans"):
+            plans.clear()  # a plan is of one device
+    try:
+        yield from _calls(op, kernels, seen)
+    finally:
+        cuda_extension.shared_memory = shared_memory
+
+
+def _calls(op: str, kernels: Any, seen: set[Any]) -> Iterator[tuple[str, Call]]:
+    for dtype, (name, shape) in itertools.product(DTYPES, SHAPES.items()):
         for case in cases_for(shape, (op,)):
-            kwargs = case.make(shape, lambda *size: torch.empty(size, dtype=torch.bfloat16))
+            kwargs = case.make(shape, lambda *size, of=dtype: torch.empty(size, dtype=of))
             wanted = [v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point()]
             for tensor in wanted:
                 tensor.requires_grad_()
@@ -97,6 +122,9 @@ def sources(source: Path) -> list[Path]:
 
 def key(source: Path, flags: list[str], version: str) -> str:
     text = "".join(path.read_text() for path in sources(source))
+    text += "".join(
+        inspect.getsource(step) for step in (compiled, _static, demangled, read, _bytes)
+    )
     return hashlib.sha256(f"{text} {flags} {version}".encode()).hexdigest()[:16]
 
 
@@ -124,7 +152,7 @@ def compiler() -> tuple[Path, str]:
     return nvcc, version[0]
 
 
-def inspect(source: Path, arch: str, nvcc: Path, flags: list[str]) -> dict[str, Row]:
+def compiled(source: Path, arch: str, nvcc: Path, flags: list[str]) -> dict[str, Row]:
     """What the machine code of each kernel of the source says."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
@@ -223,35 +251,62 @@ def problems(row: Row) -> list[str]:
     narrow = 0 < row["main_load"] < 16 and not row["tma"]
     if narrow and row["kernel"].partition("<")[0] not in NARROW:
         found.append(f"most bytes come by loads of {row['main_load']}")
+    name, _, arguments = row["kernel"].partition("<")
+    if name in PRODUCTS and arguments.startswith(NARROW_TYPES) and not row["matrix"]:
+        found.append("a 16-bit product without tensor cores")
+    if name in PREFETCHED and not (row["asynchronous"] or row["tma"]):
+        found.append("no asynchronous copies")
     if row["occupancy"] == 0:
         found.append("not even one block fits")
     return found
 
 
-def render(rows: list[Row], version: str) -> str:
+def render(rows: list[Row], version: str, archs: list[str]) -> str:
+    """A line for each kernel, threads and shared memory; what differs between targets in their order."""
     lines = [
         "# Ahead-of-time audit of the CUDA kernels",
         "",
-        f"Generated by `make audit` with nvcc {version}; nothing here was run on a GPU. bfloat16; the kernels that the",
-        "public ops launch at the shapes of `benchmarks/shapes.py`, each at the first call that reaches it. Loads and",
-        "stores: the widest global access in bytes, main: what brings most bytes, in the loops of a kernel that has",
-        "them. Occupancy: resident threads as a share of the multiprocessor's, by registers and shared memory.",
+        f"Generated by `make audit` with nvcc {version}; nothing here was run on a GPU. The kernels that the public ops",
+        "launch at the shapes of `benchmarks/shapes.py` in bfloat16, float16 and float32, each at the first call that",
+        "reaches it, for "
+        + ", ".join(f"sm_{arch}" for arch in archs)
+        + ": in this order where they differ.",
+        "Loads and stores: the widest global access in bytes, main: what brings most bytes, in the loops of a kernel",
+        "that has them. Occupancy: resident threads as a share of the multiprocessor's, by registers and shared memory.",
     ]
-    for op in dict.fromkeys(row["op"] for row in rows):
+
+    def each(found: list[Row], show: Callable[[Row], str]) -> str:
+        values = {row["arch"]: show(row) for row in found}
+        if len(set(values.values())) == 1:
+            return next(iter(values.values()))
+        return " ".join(values.get(arch, "·") for arch in archs)
+
+    def where(found: list[Row]) -> str:
+        on = [row["arch"] for row in found]
+        return "" if on == archs else " on " + ", ".join(f"sm_{arch}" for arch in on)
+
+    for op, of_op in itertools.groupby(rows, lambda row: row["op"]):
         lines += [
             "",
             f"## {op}",
             "",
-            "| call | kernel | target | threads | registers | spills | shared | occupancy | main | loads | stores | async | matrix |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| call | kernel | threads | registers | spills | shared | occupancy | main | loads | stores | async | matrix |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
-        for row in (row for row in rows if row["op"] == op):
-            copies = "UTMALDG" if row["tma"] else "LDGSTS" if row["asynchronous"] else "-"
+        for (call, kernel, threads, _), group in itertools.groupby(
+            of_op, lambda row: (row["call"], row["kernel"], row["threads"], row["dynamic"])
+        ):
+            found = list(group)
             lines.append(
-                f"| {row['call']} | `{row['kernel']}` | sm_{row['arch']} | {row['threads']} | {row['registers']}"
-                f" | {row['spills']} | {row['shared'] + row['dynamic']} | {row['occupancy']:.0%}"
-                f" | {row['main_load'] or '-'} | {row['load'] or '-'} | {row['store'] or '-'} | {copies}"
-                f" | {row['matrix'] or '-'} |"
+                f"| {call}{where(found)} | `{kernel}` | {threads} | {each(found, lambda r: str(r['registers']))}"
+                f" | {each(found, lambda r: str(r['spills']))}"
+                f" | {each(found, lambda r: str(r['shared'] + r['dynamic']))}"
+                f" | {each(found, lambda r: format(r['occupancy'], '.0%'))}"
+                f" | {each(found, lambda r: str(r['main_load'] or '-'))}"
+                f" | {each(found, lambda r: str(r['load'] or '-'))}"
+                f" | {each(found, lambda r: str(r['store'] or '-'))}"
+                f" | {each(found, lambda r: 'UTMALDG' if r['tma'] else 'LDGSTS' if r['asynchronous'] else '-')}"
+                f" | {each(found, lambda r: r['matrix'] or '-')} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -275,6 +330,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compile nothing; fail where the table is old")  # fmt: skip
     parser.add_argument("--archs", default=",".join(ARCHS), help="targets of the table; default: %(default)s")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time; default: %(default)s")  # fmt: skip
     options = parser.parse_args()
     if reason := cuda_extension.unavailable():
         sys.exit(f"{reason}: {cuda_extension.FIXES[reason]}")
@@ -288,42 +344,57 @@ def main() -> int:
     binaries: dict[str, dict[str, Row]] = {arch: {} for arch in archs}
     fresh: dict[str, Any] = {"version": version, "archs": archs}
     failures = [] if archs else ["there is no table: run `make audit` and commit it"]
+    stale = {}
     for arch in archs:
         for source in sorted((ROOT / "csrc").glob("*.cu")):
-            hashed = key(source, flags, version)
-            name = f"{source.stem} sm_{arch}"
-            entry = known.get(name)
-            if entry is None or entry["key"] != hashed:
-                if options.check:
-                    failures.append(f"{name}: the table is of other sources, flags or compiler: run `make audit` and commit it")  # fmt: skip
-                    continue
-                start = time.perf_counter()
-                entry = {"key": hashed, "kernels": inspect(source, arch, nvcc, flags)}
-                print(f"{name} {time.perf_counter() - start:.0f} s", flush=True)
-                store.write_text(json.dumps({**known, **fresh, name: entry}, indent=0) + "\n")
-            fresh[name] = entry
-            binaries[arch] |= entry["kernels"]
+            name, hashed = f"{source.stem} sm_{arch}", key(source, flags, version)
+            if known.get(name, {}).get("key") != hashed:
+                stale[name] = (source, arch, hashed)
+            else:
+                fresh[name] = known[name]
+    if options.check:
+        failures += [f"{name}: the table is of other sources, flags or compiler: run `make audit` and commit it" for name in stale]  # fmt: skip
+        stale = {}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        found = {
+            pool.submit(compiled, source, arch, nvcc, flags): (name, hashed)
+            for name, (source, arch, hashed) in stale.items()
+        }
+        for done in as_completed(found):
+            name, hashed = found[done]
+            fresh[name] = {"key": hashed, "kernels": done.result()}
+            print(name, flush=True)
+            # after an interruption the rest is known
+            store.write_text(json.dumps({**known, **fresh}, indent=0, sort_keys=True) + "\n")
+    for name, entry in fresh.items():
+        if isinstance(entry, dict):
+            binaries[name.rpartition("_")[2]] |= entry["kernels"]
     rows: list[Row] = []
     if not failures:
         for op in (op for op, names in backends.TABLE.items() if "cuda" in names):
-            for call, (kernel, _, block, dynamic) in calls(op):
-                threads = block[0] * block[1] * block[2]
-                if missing := [arch for arch in archs if kernel not in binaries[arch]]:
-                    sys.exit(
-                        f"{kernel} is in no binary for {missing[0]}: dit_kernels._C_emulated is of other sources; `make install`"
-                    )
-                for arch in archs:
+            labels: dict[Any, str] = {}
+            of_op = []
+            for arch in archs:
+                for call, (kernel, _, block, dynamic) in calls(op, arch):
+                    if kernel not in binaries[arch]:
+                        sys.exit(
+                            f"{kernel} is in no binary for {arch}: dit_kernels._C_emulated is of other sources; `make install`"
+                        )
+                    threads = block[0] * block[1] * block[2]
+                    call = labels.setdefault((kernel, threads, dynamic), call)
                     row = {"op": op, "call": call, "kernel": kernel, "arch": arch, "threads": threads, "dynamic": dynamic,
                            **binaries[arch][kernel]}  # fmt: skip
                     row["occupancy"] = occupancy(arch, row, threads, dynamic)
                     failures += [f"{op}: {call} {kernel} sm_{arch}: {p}" for p in problems(row)]
-                    rows.append(row)
-        text, table = render(rows, version), HERE / "audit_cuda.md"
+                    of_op.append(row)
+            places = {key: place for place, key in enumerate(labels)}
+            rows += sorted(of_op, key=lambda row: places[row["kernel"], row["threads"], row["dynamic"]])  # fmt: skip
+        text, table = render(rows, version, archs), HERE / "audit_cuda.md"
         if options.check and (not table.exists() or table.read_text() != text):
             failures.append("benchmarks/audit_cuda.md is not of these calls: run `make audit` and commit it")  # fmt: skip
         if not options.check:
             # what another target was compiled to stays known
-            store.write_text(json.dumps({**known, **fresh}, indent=0) + "\n")
+            store.write_text(json.dumps({**known, **fresh}, indent=0, sort_keys=True) + "\n")
             table.write_text(text)
     print("\n".join(failures) or f"{len(rows)} kernels, no spill, no narrow load")
     return 1 if failures else 0

@@ -12,8 +12,23 @@ using namespace adaln;
 
 constexpr int kMaxThreads = 512;
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kBlackwell = true;
+#else
+constexpr bool kBlackwell = false;
+#endif
+
+// Blocks of so many threads that a multiprocessor shall have room for: one leaves 128 registers a thread, two
+// leave 64; 0 is as ptxas thinks best, which for some kernels is a register less than they need, and spills.
+// Five vectors of two float32 rows fill shared memory before registers run out.
 template <typename T, int VECTORS, bool GATED>
-__global__ void __launch_bounds__(kMaxThreads) adaln_fwd_kernel(const AdalnForward call) {
+constexpr int kBlocks = sizeof(T) == 4 && VECTORS == 5 && GATED ? 1
+                        : kBlackwell                            ? (VECTORS == 3 && GATED ? 2 : 0)
+                                                                : (sizeof(T) == 4 ? 2 : 0);
+
+template <typename T, int VECTORS, bool GATED>
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<T, VECTORS, GATED>)
+    adaln_fwd_kernel(const AdalnForward call) {
   constexpr int WIDTH = 16 / sizeof(T);
   constexpr int ROWS = GATED ? 2 : 1;
   constexpr DType DTYPE = dtype_of<T>;
@@ -21,32 +36,24 @@ __global__ void __launch_bounds__(kMaxThreads) adaln_fwd_kernel(const AdalnForwa
   __shared__ float2 scratch[64];
 
   const int64_t first = blockIdx.x * static_cast<int64_t>(call.chunk), first_sample = first / call.size.length;
-  const int64_t tokens = call.size.samples * call.size.length;
-  const int64_t last = first + call.chunk < tokens ? first + call.chunk : tokens;
-  Place place{first_sample, static_cast<int32_t>(first - first_sample * call.size.length), first};
+  const int64_t left = call.size.samples * call.size.length - first;
+  const int count = static_cast<int>(left < call.chunk ? left : call.chunk);
+  Place next{first_sample, static_cast<int32_t>(first - first_sample * call.size.length), first};
   RowSums row_sums(scratch);
   const int threads = blockDim.x, channels = call.size.channels;
   const bool eager = call.form.eager;
-  auto advance = [&](Place& p) {
-    ++p.index;
-    if (++p.n == call.size.length) {
-      p.n = 0;
-      ++p.sample;
-    }
+  auto slot = [&](int step, int row, int v) -> uint4* {
+    return ring + (((step & 1) * ROWS + row) * VECTORS + v) * threads + threadIdx.x;
   };
-  auto slot = [&](int64_t token, int row, int v) -> uint4* {
-    const int stage = static_cast<int>(token - first) & 1;
-    return ring + ((stage * ROWS + row) * VECTORS + v) * threads + threadIdx.x;
-  };
-  auto fetch = [&](const Place& p) {
-    if (p.index < last) {
+  auto fetch_next = [&](int step) {
+    if (step < count) {
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
         const int channel = (v * threads + threadIdx.x) * WIDTH;
         if (channel < channels) {
-          copy_async_row<T>(slot(p.index, 0, v), call.x, row_offset(call.x, p) + channel);
+          copy_async_row<T>(slot(step, 0, v), call.x, row_offset(call.x, next) + channel);
           if constexpr (GATED) {
-            copy_async_row<T>(slot(p.index, 1, v), call.residual, row_offset(call.residual, p) + channel);
+            copy_async_row<T>(slot(step, 1, v), call.residual, row_offset(call.residual, next) + channel);
           }
         }
       }
@@ -54,11 +61,15 @@ __global__ void __launch_bounds__(kMaxThreads) adaln_fwd_kernel(const AdalnForwa
     cp_async_commit();
   };
 
-  Place next = place;
-  fetch(next);
-  for (; place.index < last; advance(place)) {
-    advance(next);
-    fetch(next);
+  fetch_next(0);
+  for (int step = 0; step < count; ++step) {
+    const Place place = next;
+    ++next.index;
+    if (++next.n == call.size.length) {
+      next.n = 0;
+      ++next.sample;
+    }
+    fetch_next(step + 1);
     cp_async_wait<1>();
 
     const int64_t token = place.index, out_row = token * channels;
@@ -67,7 +78,7 @@ __global__ void __launch_bounds__(kMaxThreads) adaln_fwd_kernel(const AdalnForwa
     for (int v = 0; v < VECTORS; ++v) {
       const int channel = (v * threads + threadIdx.x) * WIDTH;
       fill(x[v], 0.0f);
-      if (channel < channels) load_row_part<T>(x[v], slot(token, 0, v), call.x.dtype);
+      if (channel < channels) load_row_part<T>(x[v], slot(step, 0, v), call.x.dtype);
     }
 
     if constexpr (GATED) {
@@ -89,7 +100,7 @@ __global__ void __launch_bounds__(kMaxThreads) adaln_fwd_kernel(const AdalnForwa
         const int channel = (v * threads + threadIdx.x) * WIDTH;
         if (channel < channels) {
           float residual[WIDTH];
-          load_row_part<T>(residual, slot(token, 1, v), DTYPE);
+          load_row_part<T>(residual, slot(step, 1, v), DTYPE);
           add_branch(x[v], residual, call, branch_rstd, branch_dtype, gate_row, channel);
           store_channels(call.out, out_row + channel, x[v], DTYPE);
         }

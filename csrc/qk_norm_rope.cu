@@ -14,8 +14,12 @@ using namespace qk;
 template <typename T, bool HIDDEN, bool BACKWARD>
 constexpr int kVectors = HIDDEN && !(BACKWARD && sizeof(T) == 2) ? 4 : 2;
 
-template <typename T, bool BACKWARD>
-constexpr int kMaxThreads = BACKWARD && sizeof(T) == 2 ? 384 : 512;
+template <typename T, bool HIDDEN, bool BACKWARD>
+constexpr int kMaxThreads = !BACKWARD ? 512 : !HIDDEN ? 128 : sizeof(T) == 2 ? 384 : 512;
+
+// Blocks that a multiprocessor shall have room for: the backward of heads has small ones, three by its registers
+template <bool HIDDEN, bool BACKWARD>
+constexpr int kBlocks = !HIDDEN && BACKWARD ? 3 : 1;
 
 // Where a thread's vectors are in a row. The vectors of a pair are 2j and 2j + 1 with `half`.
 template <typename T, int VECTORS>
@@ -112,7 +116,7 @@ struct GroupSums {
 };
 
 template <typename T, bool HIDDEN>
-__global__ void __launch_bounds__(kMaxThreads<T, false>) qk_norm_rope_fwd_kernel(const QkNormRope call) {
+__global__ void __launch_bounds__(kMaxThreads<T, HIDDEN, false>) qk_norm_rope_fwd_kernel(const QkNormRope call) {
   constexpr int WIDTH = VECTOR<T>, VECTORS = kVectors<T, HIDDEN, false>;
   __shared__ float2 scratch[64];
   const Work work(call);
@@ -187,7 +191,8 @@ __global__ void __launch_bounds__(kMaxThreads<T, false>) qk_norm_rope_fwd_kernel
 }
 
 template <typename T, bool HIDDEN>
-__global__ void __launch_bounds__(kMaxThreads<T, true>) qk_norm_rope_bwd_kernel(const QkNormRope call) {
+__global__ void __launch_bounds__(kMaxThreads<T, HIDDEN, true>, kBlocks<HIDDEN, true>)
+    qk_norm_rope_bwd_kernel(const QkNormRope call) {
   constexpr int WIDTH = VECTOR<T>, VECTORS = kVectors<T, HIDDEN, true>;
   __shared__ float2 scratch[64];
   DK_DYNAMIC_SHARED(float, gathered);  // [groups][D], for the sums of heads
@@ -341,7 +346,7 @@ void launch(const QkNormRope& call, cudaStream_t stream) {
     using T = decltype(element);
     with_bool(call.hidden, [&](auto of_hidden) {
       constexpr bool HIDDEN = decltype(of_hidden)::value;
-      check_row(call, VECTOR<T>, kVectors<T, HIDDEN, BACKWARD>, kMaxThreads<T, BACKWARD>);
+      check_row(call, VECTOR<T>, kVectors<T, HIDDEN, BACKWARD>, kMaxThreads<T, HIDDEN, BACKWARD>);
       const dim3 grid = grid_of(call.sides[0].blocks + call.sides[1].blocks);
       if constexpr (BACKWARD) {
         const size_t shared = HIDDEN ? 0 : sizeof(float) * call.threads / call.lanes * call.dim;

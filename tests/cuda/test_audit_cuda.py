@@ -41,11 +41,20 @@ def test_what_is_read_from_machine_code():
         ({"main_load": 4}, ["most bytes come by loads of 4"]),
         ({"main_load": 0}, []),
         ({"occupancy": 0.0}, ["not even one block fits"]),
+        ({"matrix": ""}, ["a 16-bit product without tensor cores"]),
+        ({"matrix": "", "kernel": "patch_embed_fwd_kernel<float>"}, []),
+        ({"matrix": "", "kernel": "final_layer_bwd_rows_kernel<__half, 8, true>"}, ["a 16-bit product without tensor cores"]),
+        ({"kernel": "adaln_bwd_kernel<float, 3, true, false>"}, ["no asynchronous copies"]),
+        ({"kernel": "adaln_bwd_kernel<float, 3, true, false>", "asynchronous": True}, []),
     ],
-    ids=["fine", "spills", "narrow", "no-load", "too-large"],
-)
+    ids=["fine", "spills", "narrow", "no-load", "too-large", "slow-product", "float32-product", "slow-product-fp16",
+         "synchronous", "asynchronous"],
+)  # fmt: skip
 def test_what_fails(changed, problem):
-    row = {"spills": 0, "main_load": 16, "tma": False, "kernel": "f<float>", "occupancy": 0.5}
+    row = {
+        "spills": 0, "main_load": 16, "tma": False, "kernel": "patch_embed_fwd_kernel<__nv_bfloat16>",
+        "occupancy": 0.5, "matrix": "HMMA", "asynchronous": False,
+    }  # fmt: skip
     assert audit_cuda.problems({**row, **changed}) == problem
 
 
@@ -68,8 +77,27 @@ def test_names_are_the_emulators():
     assert audit_cuda.demangled([mangled]) == ["feed_forward_bwd_kernel<__nv_bfloat16, 1, (Activation)3>"]  # fmt: skip
 
 
-def test_every_kernel_of_the_benchmarks_is_in_a_binary():
-    """Recorded calls of the public ops find their kernels in the committed rows."""
+def test_the_kernels_of_products_are_in_the_sources():
+    """A renamed kernel would otherwise be held to nothing."""
+    text = "".join(path.read_text() for path in (audit_cuda.ROOT / "csrc").glob("*.cu"))
+    for name in (*audit_cuda.PRODUCTS, *audit_cuda.PREFETCHED):
+        assert f" {name}(" in text, name
+
+
+def test_calls_of_the_benchmarks():
     launched = [call[0] for _, call in audit_cuda.calls("feed_forward")]
     assert any(name.startswith("feed_forward_fwd_kernel<__nv_bfloat16, 8, ") for name in launched)
     assert any(name.startswith("feed_forward_bwd_kernel<__nv_bfloat16, 8, ") for name in launched)
+    assert any(name.startswith("feed_forward_bwd_kernel<float, 4, ") for name in launched)
+
+
+def test_one_line_a_kernel_and_targets_side_by_side():
+    row = {
+        "op": "f", "call": "f wan", "kernel": "g<float>", "threads": 64, "dynamic": 0, "spills": 0, "shared": 0,
+        "main_load": 16, "load": 16, "store": 16, "tma": False, "asynchronous": True, "matrix": "",
+    }  # fmt: skip
+    rows = [{**row, "arch": "80", "registers": 40, "occupancy": 0.5}]
+    rows += [{**row, "arch": "90a", "registers": 38, "occupancy": 0.5}]
+    text = audit_cuda.render(rows, "V13", ["80", "90a"])
+    assert "| f wan | `g<float>` | 64 | 40 38 | 0 | 0 | 50% | 16 | 16 | 16 | LDGSTS | - |" in text
+    assert "for sm_80, sm_90a: in this order" in text

@@ -356,4 +356,4 @@ def _lanes(channels: int, size: int, hidden: bool, backward: bool) -> tuple[int,
         threads = 32 * -(-lanes // 32)
         return (threads, threads) if threads <= most else (0, 0)
     lanes = 1 << (lanes - 1).bit_length()
-    return (lanes, 256) if lanes <= 32 else (0, 0)
+    return (lanes, 128 if backward else 256) if lanes <= 32 else (0, 0)
