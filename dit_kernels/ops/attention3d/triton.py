@@ -102,9 +102,17 @@ _TABLE["sm_100"] = {
         (128, Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
         (256, Config(128, 32, 8, 2), Config(128, 16, 8, 2)),
     ),
-    "dq": _TABLE["sm_90"]["dq"],
+    # three parts a head dim take more columns of tensor memory than there are, with the tiles of 128
+    "dq": (
+        _TABLE["sm_90"]["dq"][0],
+        (96, *_TABLE["sm_90"]["dq"][1][1:]),
+        (112, Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
+        *_TABLE["sm_90"]["dq"][1:],
+    ),
     "dkdv": (
-        *_TABLE["sm_90"]["dkdv"][:-1],
+        *_TABLE["sm_90"]["dkdv"][:2],
+        (112, Config(32, 128, 8, 2), Config(16, 128, 8, 2)),
+        _TABLE["sm_90"]["dkdv"][2],
         (256, Config(16, 64, 8, 2), Config(32, 64, 8, 2)),
     ),
 }
