@@ -13,7 +13,7 @@ _ACTS = {"gelu-tanh": (0, 1), "gelu-none": (1, 1), "swiglu-first": (2, 2), "swig
 
 
 def supports(x: Tensor, bias: Tensor | None, act: str) -> str | None:
-    if not x.is_contiguous() and len(cuda_extension.folded(x.shape[:-1], x.stride()[:-1])[0]) > 2:
+    if not x.is_contiguous() and _axes(x) > 2:
         return f"x's leading axes must fold into two by their strides; got {list(x.stride())}"
     return cuda_extension.unsupported(x, bias)
 
@@ -49,12 +49,15 @@ def backward(
     if dy is None or dy.numel() == 0:
         return [t.zero_() for t in wanted]
     columns = dy.shape[-1]
-    axes = cuda_extension.folded(x.shape[:-1], x.stride()[:-1], dy.stride()[:-1])[0]
-    if len(axes) > 2:
-        dy = dy.contiguous()
-        if len(cuda_extension.folded(x.shape[:-1], x.stride()[:-1], dy.stride()[:-1])[0]) > 2:
-            x = x.contiguous()
-    rows, inner, strides = _arrange(dy, x)
+    if dy.is_contiguous() and x.is_contiguous():
+        rows = inner = dy.numel() // columns
+        strides = [0, columns, 1, 0, x.shape[-1], 1]
+    else:
+        if _axes(x, dy) > 2:
+            dy = dy.contiguous()
+            if _axes(x, dy) > 2:
+                x = x.contiguous()
+        rows, inner, strides = _arrange(dy, x)
     sums = None
     if dbias is not None:
         parts = kernels().feed_forward_bwd_parts(rows, columns)
@@ -67,6 +70,12 @@ def backward(
     return wanted
 
 
+def _axes(*tensors: Tensor) -> int:
+    """The leading axes that are left when those that follow each other in memory are one."""
+    leading = (t.stride()[:-1] for t in tensors)
+    return len(cuda_extension.folded(tensors[0].shape[:-1], *leading)[0])
+
+
 def _shape(x: Tensor, halves: int) -> tuple[int, ...]:
     return (*x.shape[:-1], x.shape[-1] // halves)
 
@@ -74,9 +83,6 @@ def _shape(x: Tensor, halves: int) -> tuple[int, ...]:
 def _arrange(*tensors: Tensor) -> tuple[int, int, list[int]]:
     """(rows, rows of the inner axis, outer, inner and column stride of each tensor)."""
     first = tensors[0]
-    if all(t.is_contiguous() for t in tensors):
-        rows = first.numel() // first.shape[-1]
-        return rows, rows, [step for t in tensors for step in (0, t.shape[-1], 1)]
     sizes, strides = cuda_extension.folded(first.shape[:-1], *(t.stride()[:-1] for t in tensors))
     inner = sizes[-1] if sizes else 1
     rows = inner * (sizes[0] if len(sizes) == 2 else 1)

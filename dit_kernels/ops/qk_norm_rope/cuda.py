@@ -21,7 +21,7 @@ _NO_STATISTICS: list[Tensor | None] = [None] * 4
 
 def supports(q: Tensor, k: Tensor | None, *args: Any) -> str | None:
     for x in (q, k):
-        if x is not None:
+        if x is not None and not 0 < x.numel() < _MOST:
             _, length, heads, dim = x.shape
             if not (0 < heads * dim < _MOST and length < _MOST):
                 name = "q" if x is q else "k"
