@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import audit, offline
-from dit_kernels import ops, testing
+from dit_kernels import backends, ops, testing
 from dit_kernels.ops import triton_launch, triton_tuning
 from dit_kernels.ops.feed_forward import triton as feed_forward
 
@@ -299,6 +299,14 @@ def test_candidates_of_the_tuner_are_compiled_and_may_spill(audited):
     assert (above.count("| 1 | 0 | 100% |"), below.count("| 1 | 0 | 100% |")) == (0, len(new))
     assert audited("--check")[0] == 0
     assert not audited.compiled
+
+
+def test_the_committed_table_has_every_op_on_every_target():
+    """`--check` holds what is in the table against the source; here, that nothing is left out of it."""
+    ops_of_triton = [op for op, found in backends.TABLE.items() if "triton" in found]
+    rows = json.loads((Path(audit.__file__).parent / "audit.json").read_text()).values()
+    there = {(row["op"], row["target"]) for row in rows}
+    assert there == set(itertools.product(ops_of_triton, offline.TARGETS))
 
 
 def test_ops_that_share_a_kernel_each_have_its_row(audited):
