@@ -165,7 +165,12 @@ def _apart(dim: int, dtype: torch.dtype, cubes: bool, architecture: str) -> bool
 
 @functools.cache
 def parts(dim: int, least: int = 16) -> tuple[int, ...]:
-    """A head dim as at most three powers of two: 72 = 64 + 16, the second half empty; 112 = 64 + 32 + 16."""
+    """A head dim as at most three powers of two: 72 = 64 + 16, the second half empty; 112 = 64 + 32 + 16.
+
+    Above 128 one, of 256, whose tiles the audit knows: 128 and a rest spill, by thousands on sm_80.
+    """
+    if dim > 128:
+        return (256,)
     dim = -(-dim // least) * least
     while bin(dim).count("1") > 3:
         dim += dim & -dim
