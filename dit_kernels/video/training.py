@@ -38,6 +38,7 @@ from dit_kernels.video.text import START
 __all__ = [
     "CHECKPOINT_NAME",
     "MODEL_NAME",
+    "SECOND_RUN",
     "SHIPPED_RUN",
     "Trainer",
     "TrainingConfig",
@@ -92,10 +93,14 @@ class TrainingConfig:
     clips: ClipsConfig = dataclasses.field(default_factory=ClipsConfig)
 
 
-# The run that made the weights that ship with the package. Small clips have a third of the tokens
-# and show as much of a digit; the large ones then teach what small ones lack: long motion. A second
-# run from its weights (`make weights`) teaches other words and sizes.
+# The two runs that made the weights that ship with the package (`make weights`). Small clips have a
+# third of the tokens and show as much of a digit; the large ones then teach what small ones lack: long
+# motion. The second run teaches other words, lengths and sizes.
 SHIPPED_RUN = TrainingConfig(small_steps=5_000, given_share=0.15)
+SECOND_RUN = TrainingConfig(
+    steps=4_000, learning_rate=7e-4, given_share=0.15, vary_every=4,
+    init="runs/plain/model.safetensors", clips=ClipsConfig(wordings=True),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
