@@ -288,22 +288,34 @@ def compare(old: Path, new: Path) -> list[str]:
     """What moved by more than the spread of both runs, largest change first; other machines are named."""
     runs = [json.loads(path.read_text()) for path in (old, new)]
     before, after = ({row_key(r): r for r in run["rows"] if "ms" in r} for run in runs)
+    both = before.keys() & after.keys()
     lines = []
-    for key in before.keys() & after.keys():
+    for key in both:
         a, b = before[key], after[key]
-        spread = max(r["ms_quartiles"][2] - r["ms_quartiles"][0] for r in (a, b))
-        if abs(b["ms"] - a["ms"]) > spread:
-            change = 100 * (b["ms"] / a["ms"] - 1)
-            line = f"{change:+6.1f}%  {a['ms']:.4f} -> {b['ms']:.4f} ms  {' '.join(key)}"
+        # another batch may fill the machine now: then a sample's time counts
+        sizes = [row.get("batch", 1) for row in (a, b)]
+        other = sizes[0] != sizes[1]
+        per = sizes if other else [1, 1]
+        was, now = (row["ms"] / n for row, n in zip((a, b), per, strict=True))
+        quartiles = [[q / n for q in r["ms_quartiles"]] for r, n in zip((a, b), per, strict=True)]
+        if abs(now - was) > max(q[2] - q[0] for q in quartiles):
+            change = 100 * (now / was - 1)
+            unit = f"ms a sample, batch {sizes[0]} -> {sizes[1]}," if other else "ms"
+            line = f"{change:+6.1f}%  {was:.4f} -> {now:.4f} {unit}  {' '.join(key)}"
             lines.append((-abs(change), line))
+    if both and not lines:
+        lines.append(
+            (0.0, f"none of {len(both)} measured in both moved by more than the runs' spread")
+        )
     reasons = {
         task_key(row): row.get("failed") or row["absent"]
         for row in runs[1]["rows"]
         if "ms" not in row
     }
-    for key in before.keys() - after.keys():
-        if reason := reasons.get(task_key(before[key])):
-            lines.append((0.0, f"   gone  {' '.join(key)}: {reason}"))
+    gone = {key for key in before.keys() - both if task_key(before[key]) in reasons}
+    lines += [(1.0, f"   gone  {' '.join(k)}: {reasons[task_key(before[k])]}") for k in gone]
+    alone = [(old, len(before.keys() - both - gone)), (new, len(after.keys() - both))]
+    lines += [(2.0, f"not compared: {n} measured in {path} only") for path, n in alone if n]
     head = []
     for name in ("device", "torch", "triton", "driver"):
         a, b = (run.get("machine", {}).get(name) for run in runs)
@@ -332,8 +344,7 @@ def task_key(row: Row) -> tuple[str, ...]:
 
 def row_key(row: Row) -> tuple[str, ...]:
     """What one number is of."""
-    keys = ("batch", "direction")
-    return (*task_key(row), *(str(row[key]) for key in keys if key in row))
+    return (*task_key(row), *([row["direction"]] if "direction" in row else []))
 
 
 def describe(row: Row, ceilings: dict[str, float]) -> str:
@@ -396,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if reason := _no_run(path):
                 print(f"dit-kernels bench: {path} {reason}", file=sys.stderr)
                 return 2
-        print("\n".join(compare(*given.compare)) or "nothing moved by more than the runs' spread")
+        print("\n".join(compare(*given.compare)) or "neither has measured anything")
         return 0
     known = {case.name for case in CASES} | {case.op for case in CASES}
     unknown = [name for name in given.cases if name not in known]

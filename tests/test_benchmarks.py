@@ -393,14 +393,30 @@ def test_compare_shows_what_moved_by_more_than_the_spread(tmp_path):
         text = json.dumps({"machine": {"device": device}, "rows": [*rows, {**key, "absent": "no"}]})
         (tmp_path / name).write_text(text)
     models, ops = bench.compare(tmp_path / "a", tmp_path / "b")
-    assert models == " +50.0%  1.0000 -> 1.5000 ms  DiT train throughput ours 8"
+    assert models == " +50.0%  1.0000 -> 1.5000 ms  DiT train throughput ours"
     assert ops == " +50.0%  1.0000 -> 1.5000 ms  adaln s triton bfloat16 forward"
-    assert bench.compare(tmp_path / "a", tmp_path / "c") == ["device: H100 -> H200"]
+    assert bench.compare(tmp_path / "a", tmp_path / "c") == [
+        "device: H100 -> H200", "none of 2 measured in both moved by more than the runs' spread"
+    ]  # fmt: skip
     failed = {"machine": {"device": "H100"}, "rows": [{**key, "failed": "RuntimeError: no"}]}
     (tmp_path / "d").write_text(json.dumps(failed))
     assert bench.compare(tmp_path / "a", tmp_path / "d") == [
-        "   gone  adaln s triton bfloat16 forward: RuntimeError: no"
+        "   gone  adaln s triton bfloat16 forward: RuntimeError: no",
+        f"not compared: 1 measured in {tmp_path / 'a'} only",
     ]
+
+
+def test_models_that_now_fill_the_machine_with_another_batch_are_compared_by_the_sample(tmp_path):
+    key = {"model": "DiT", "mode": "train", "measure": "throughput", "implementation": "ours"}
+    for name, batch, ms in (("a", 8, 8.0), ("b", 16, 8.0), ("c", 16, 16.0)):
+        row = {**key, "batch": batch, "ms": ms, "ms_quartiles": [ms - 0.1, ms, ms + 0.1]}
+        (tmp_path / name).write_text(json.dumps({"rows": [row]}))
+    (line,) = bench.compare(tmp_path / "a", tmp_path / "b")
+    assert line == (
+        " -50.0%  1.0000 -> 0.5000 ms a sample, batch 8 -> 16,  DiT train throughput ours"
+    )
+    (line,) = bench.compare(tmp_path / "a", tmp_path / "c")
+    assert line == "none of 1 measured in both moved by more than the runs' spread"
 
 
 def test_wrong_words_are_one_line_and_exit_code_2(tmp_path, capsys):
