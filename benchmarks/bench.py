@@ -18,7 +18,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -395,7 +395,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--sweep", action="append", metavar="NAME", choices=(*SWEEPS, "all"), default=[],
         help="vary one size, may be repeated: " + ", ".join(SWEEPS) + ", all; no --shape then means none",
     )  # fmt: skip
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="bfloat16"
+    )
     add_run_options(parser)
     parser.add_argument("--name", help="of the JSON file; ops, or sweeps")
     parser.add_argument(
@@ -411,6 +413,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     known = {case.name for case in CASES} | {case.op for case in CASES}
     unknown = [name for name in given.cases if name not in known]
+    if "models" in unknown:
+        print(
+            "dit-kernels bench: whole models: `dit-kernels bench models`, then options",
+            file=sys.stderr,
+        )
+        return 2
     if unknown:
         names = ", ".join(sorted(known))
         print(f"dit-kernels bench: no case {unknown[0]!r}; there are {names}", file=sys.stderr)
@@ -428,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = run(device, wanted, getattr(torch, given.dtype), end - time.monotonic(), done)
     code = write_rows(path, result, rows, describe)
     if device == "cpu" and not sweeps and code != 130 and time.monotonic() < end:
-        result["host_us"] = _host_cost()
+        result["host_us"] = _host_cost({point.case.name for point in wanted})
         save(path, result)
     closing(result, path)
     return code
@@ -508,8 +516,9 @@ def closing(result: Row, path: Path) -> None:
     """The same tables as in the report, then how to have its plots, and how many rows there are."""
     from benchmarks import report
 
+    device = "\n".join(report.heading(result["machine"]))
     print(
-        f"\n{report.section(result)}\nTables and plots: python -m benchmarks.report {path.parent}"
+        f"\n{device}\n{report.section(result)}\nTables and plots: python -m benchmarks.report {path.parent}"
     )
     failed = _failed(result)
     ours = sum(row["implementation"].startswith(OURS) for row in failed)
@@ -526,13 +535,13 @@ def save(path: Path, result: Row) -> None:
     part.replace(path)
 
 
-def _host_cost() -> dict[str, float]:
-    """Microseconds of Python a call of each case costs, launch excluded; no GPU is needed."""
+def _host_cost(wanted: Collection[str]) -> dict[str, float]:
+    """Microseconds of Python a call of each of these cases costs, launch excluded; no GPU is needed."""
     if importlib.util.find_spec("triton") is None:
         return {}
     from benchmarks import host_cost
 
-    return dict(host_cost.costs())
+    return dict(host_cost.costs(wanted))
 
 
 if __name__ == "__main__":

@@ -551,8 +551,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     unknown = [name for name in given.models if name not in names]
     if unknown:
+        given_on = "GPU" if device == "cuda" else "CPU"
         print(
-            f"dit-kernels bench models: no model {unknown[0]!r}; there are {', '.join(names)}",
+            f"dit-kernels bench models: no model {unknown[0]!r} on a {given_on}; there are {', '.join(names)}",
             file=sys.stderr,
         )
         return 2

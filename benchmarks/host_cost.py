@@ -8,7 +8,7 @@ row on the CPU, which does next to no work, stands beside it for the speed of th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +32,16 @@ def microseconds(call: Callable[[], object], runs: int = 150, calls: int = 20) -
     return best * 1e6
 
 
-def costs() -> Iterator[tuple[str, float]]:
-    """(case, microseconds)"""
+def costs(wanted: Collection[str] = ()) -> Iterator[tuple[str, float]]:
+    """(case, microseconds); of these cases, by default of all."""
     row = torch.empty(1, 8)
     yield "F.layer_norm of a row", microseconds(lambda: F.layer_norm(row, (8,)))
     shape = SHAPES["wan-1.3b-480p"].small()
     with launched(), torch.no_grad():
         for case in CASES:
             if "triton" not in backends.TABLE[case.op] or case.name.endswith("-packed"):
+                continue
+            if wanted and case.name not in wanted:
                 continue
             kwargs = case.make(shape, lambda *size: torch.empty(size, dtype=torch.bfloat16))
             function = getattr(ops, case.function)

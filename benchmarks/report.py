@@ -87,13 +87,17 @@ def page(runs: dict[str, list[Run]]) -> str:
 
 
 def _of_device(device: str, runs: list[Run]) -> Iterator[str]:
-    yield f"## {runs[0]['machine']['device']}\n"
-    if device == "cpu":
-        yield "A CPU run shows that the suite works, and nothing about the kernels.\n"
+    yield from heading(runs[0]["machine"])
     for title, name in pictures(device, runs):
         yield f"![{title}](images/{name}.png)\n"
     for run in runs:
         yield section(run)
+
+
+def heading(found_on: dict[str, Any]) -> Iterator[str]:
+    yield f"## {found_on['device']}\n"
+    if machine.short(found_on["device"]) == "cpu":
+        yield "A CPU run shows that the suite works, and nothing about the kernels.\n"
 
 
 def on_gpus(runs: dict[str, list[Run]]) -> dict[str, list[Run]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, bench, gpu, machine, report, timing, warm
+from benchmarks import accuracy, bench, gpu, host_cost, machine, report, timing, warm
 from benchmarks.baselines import Baseline, baselines
 from benchmarks.cases import CASES, cases_for
 from benchmarks.shapes import SHAPES, SWEEPS, Shape
@@ -120,13 +120,21 @@ def test_a_run_writes_what_it_measured(tmp_path, capsys):
     assert 2 * ours["both"]["saved_bytes"] == ours["forward"]["bytes"]
     assert ours["forward"]["saved_bytes"] is None
     assert min(result["host_us"].values()) > 0
-    assert set(result["host_us"]) >= {"adaln", "attention", "patch_embed"}
+    assert set(result["host_us"]) == {"F.layer_norm of a row", "gelu"}
+    assert f"## {result['machine']['device']}\n\nA CPU run shows that" in printed
+
+
+def test_the_hosts_cost_is_of_every_op(monkeypatch):
+    monkeypatch.setattr(host_cost, "microseconds", lambda call: 1.0 if call() is not None else 0.0)
+    found = dict(host_cost.costs())
+    assert {case.op for case in CASES if case.name in found} == set(backends.TABLE)
+    assert set(found.values()) == {1.0}
 
 
 def test_a_run_out_of_time_says_what_is_missing(tmp_path, monkeypatch, capsys):
     only(monkeypatch, "eager")
     monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
-    monkeypatch.setattr(bench, "_host_cost", dict)
+    monkeypatch.setattr(bench, "_host_cost", lambda wanted: {})
     code = bench.main(["gelu", "swiglu", "--seconds", "0", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "ops.json").read_text())
     assert code == 0
@@ -305,7 +313,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
     """What crashed the process is a failure, what was measured stays, the rest is measured."""
     only(monkeypatch, "eager")
     monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
-    monkeypatch.setattr(bench, "_host_cost", dict)
+    monkeypatch.setattr(bench, "_host_cost", lambda wanted: {})
     arguments = ["gelu", "swiglu", "--shape", "tiny-image", "--out", str(tmp_path)]
     path, save = tmp_path / "ops.json", bench.save
 
@@ -359,7 +367,7 @@ def test_an_interrupted_run_shows_what_it_has(tmp_path, monkeypatch, capsys):
 def test_a_lost_context_ends_the_run_and_says_so(tmp_path, monkeypatch, capsys):
     only(monkeypatch, "eager")
     monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
-    monkeypatch.setattr(bench, "_host_cost", dict)
+    monkeypatch.setattr(bench, "_host_cost", lambda wanted: {})
     monkeypatch.setattr(bench, "lost", lambda device: True)
     bench.main(["gelu", "swiglu", "--shape", "tiny-image", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "ops.json").read_text())
@@ -431,7 +439,9 @@ def test_wrong_words_are_one_line_and_exit_code_2(tmp_path, capsys):
     assert bench.main(["attention-window", "--shape", "dit-xl-256"]) == 2
     assert "none of these cases has one of these shapes" in capsys.readouterr().err
     assert bench.main(["models", "DiT-XXL"]) == 2
-    assert "no model 'DiT-XXL'; there are" in capsys.readouterr().err
+    assert "no model 'DiT-XXL' on a CPU; there are tiny-image," in capsys.readouterr().err
+    assert bench.main(["--quick", "models"]) == 2
+    assert "`dit-kernels bench models`, then options" in capsys.readouterr().err
 
 
 def test_absent_baselines_have_a_reason():
@@ -870,7 +880,8 @@ def test_the_report_shows_losses_and_what_was_not_measured():
     )
     assert "| `swiglu` | `ops.swiglu` | liger-kernel | not measured |" in text
     assert "Not measured on a GPU yet" not in text
-    nothing = report.page({"cpu": [{**op_run(), "host_us": {"adaln": 27.84}}]})
+    on_cpu = {**op_run(), "machine": {**MACHINE, "device": "CPU (x86_64)"}}
+    nothing = report.page({"cpu": [{**on_cpu, "host_us": {"adaln": 27.84}}]})
     assert "Not measured on a GPU yet" in nothing
     assert "| adaln | 27.8 |" in nothing
     assert "| measured |" not in nothing
