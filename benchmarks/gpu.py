@@ -62,6 +62,11 @@ class Stage:
     result: str = ""
 
 
+def listens() -> None:
+    """A Ctrl-C reaches the process, also where a shell that started us in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "there is no GPU"
 
@@ -266,7 +271,7 @@ def _ended(
         # a session of its own, so that what it started ends with it
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=listens,
         )  # fmt: skip
         try:
             return process.wait(timeout=limit - grace)

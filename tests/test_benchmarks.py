@@ -650,7 +650,7 @@ def test_an_interrupted_make_gpu_leaves_nothing_running(tmp_path):
     )
     process = subprocess.Popen(
         python(code), cwd=ROOT, env={**os.environ, "OUT": str(tmp_path)},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=gpu.listens,
     )  # fmt: skip
     log = tmp_path / "gpu.log"
     deadline = time.monotonic() + 60
