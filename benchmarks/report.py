@@ -387,7 +387,11 @@ def _draw_bars(figure: Any, bars: list[Row], label: str = "shape") -> None:
     )
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ratios = [ratio for bar in bars for ratio in (1, *bar["ratios"].values())]
+    narrow = max(ratios) / min(ratios) < 10
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if narrow else (1, 2, 5)))
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(y=0.02)
@@ -420,29 +424,66 @@ def _draw_summary(figure: Any, bars: list[Row]) -> None:
 def _draw_roofline(figure: Any, pairs: list[tuple[Row, dict[str, float]]]) -> None:
     """Achieved rate over intensity, log-log, a point a kernel of ours, under the machine's two ceilings."""
     axes = figure.subplots()
-    copy = statistics.median(ceilings["copy_gbps"] for _, ceilings in pairs) * 1e9
-    product = statistics.median(ceilings["matmul_tflops"] for _, ceilings in pairs) * 1e12
-    reach = [2.0**i for i in range(-2, 16)]
-    axes.loglog(reach, [min(product, copy * i) / 1e12 for i in reach], color="black", linewidth=1)
-    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for row, _ in pairs:
-        # a kernel without matrix products counts one operation a byte: its height is its bandwidth
-        work = row["flops"] or row["bytes"]
-        points[row["op"]].append((work / row["bytes"], work / row["ms"] / 1e9))
-    for op, found in sorted(points.items()):
-        axes.scatter(*zip(*found, strict=True), s=18, label=op)
-    axes.set_xlabel("operations per byte")
+    copy = statistics.median(ceilings["copy_gbps"] for _, ceilings in pairs)
+    product = statistics.median(ceilings["matmul_tflops"] for _, ceilings in pairs)
+    points = roofline_points([row for row, _ in pairs])
+    reach = [intensity for found in points.values() for intensity, _ in found]
+    ridge = 1e3 * product / copy
+    roof = (min([*reach, 1]) / 2, ridge, max([*reach, ridge]) * 4)
+    axes.loglog(roof, [min(product, copy * x / 1e3) for x in roof], color="black", linewidth=1)
+    middle = math.sqrt(roof[0] * ridge)
+    for end, name in (
+        ((middle, copy * middle / 1e3), f"copy, {rounded(copy)} GB/s"),
+        ((roof[2], product), f"matrix product, {rounded(product)} TFLOP/s"),
+    ):
+        axes.annotate(name, end, (-4, 5), textcoords="offset points", ha="right", fontsize=8)
+    axes.margins(y=0.08)
+    colours = {op: f"C{i}" for i, op in enumerate(sorted({op for op, _ in points}))}
+    for (op, direction), found in points.items():
+        face = colours[op] if direction == "forward" else "none"
+        axes.scatter(*zip(*found, strict=True), s=18, edgecolors=colours[op], facecolors=face)
+    axes.set_xlabel(
+        "operations per byte (without matrix products: about one, the ops side by side)"
+    )
     axes.set_ylabel("10^12 operations per second")
-    axes.legend(fontsize=8)
+    handles = [axes.scatter([], [], s=18, color=colour) for colour in colours.values()]
+    handles.append(axes.scatter([], [], s=18, edgecolors="black", facecolors="none"))
+    figure.legend(
+        handles, [*colours, "backward"], loc="outside lower center", ncols=4, fontsize=8
+    )  # fmt: skip
+
+
+def roofline_points(rows: list[Row]) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """(op, direction) -> (operations per byte, 10^12 operations per second).
+
+    A kernel without matrix products counts about one operation a byte, a little more or less by its op so that
+    the ops don't hide one another: how far it is below the roof is its bandwidth.
+    """
+    plain = sorted({row["op"] for row in rows if not row["flops"]})
+    counts = {op: 2 ** (i / 2 - (len(plain) - 1) / 4) for i, op in enumerate(plain)}
+    points: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if row["direction"] != "both":
+            work = row["flops"] or counts[row["op"]] * row["bytes"]
+            points[row["op"], row["direction"]].append(
+                (work / row["bytes"], work / row["ms"] / 1e9)
+            )
+    return dict(points)
 
 
 def _draw_scaling(figure: Any, pairs: list[tuple[Row, dict[str, float]]]) -> None:
     """Share of the ceiling over the size that is varied: a panel a case, a line an implementation."""
+    import matplotlib
+
     cases = list(dict.fromkeys(row["case"] for row, _ in pairs))
     figure.set_size_inches(8, 3.2 * ((len(cases) + 1) // 2))
     panels = figure.subplots((len(cases) + 1) // 2, min(2, len(cases)), squeeze=False).flat
     names = sorted({row["implementation"] for row, _ in pairs}, key=_order)
     labelled: dict[str, Any] = {}
+    colours = list(
+        map(tuple, matplotlib.colormaps["tab20"].colors)
+    )  # dark ones first, then light ones
+    colours = colours[::2] + colours[1::2]
     for case, panel in zip(cases, panels, strict=False):
         for i, name in enumerate(names):
             for direction, style in (("forward", "-"), ("backward", "--")):
@@ -454,8 +495,9 @@ def _draw_scaling(figure: Any, pairs: list[tuple[Row, dict[str, float]]]) -> Non
                 )
                 if line:
                     label = name if style == "-" else None
+                    colour = colours[i % len(colours)]
                     panel.plot(
-                        *zip(*line, strict=True), style, marker=".", color=f"C{i}", label=label
+                        *zip(*line, strict=True), style, marker=".", color=colour, label=label
                     )
         panel.set_title(f"{case} (backward dashed)", fontsize=9)
         panel.set_xscale("log", base=2)
@@ -491,6 +533,8 @@ def _draw_models(figure: Any, rows: list[Row]) -> None:
     axes.set_yticklabels([" ".join(key) for key in groups], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
     axes.margins(y=0.01)
     axes.set_xlabel("samples a second, relative to eager")
     figure.legend(loc="outside lower center", ncols=5, fontsize=8)

@@ -929,6 +929,20 @@ def test_plots_are_drawn_from_the_results_and_are_the_same_again(tmp_path):
             assert drawn == (second / f"{name}{suffix}").read_bytes()
 
 
+def test_a_point_of_the_roofline_is_as_far_below_the_roof_as_its_kernel():
+    def row(op: str, flops: int, direction: str = "forward") -> bench.Row:
+        return {"op": op, "flops": flops, "bytes": 10**9, "ms": 2.0, "direction": direction}
+
+    rows = [row("adaln", 0), row("gelu", 0), row("attention3d", 10**12, "backward")]
+    points = report.roofline_points([*rows, row("adaln", 0, "both")])
+    assert sum(map(len, points.values())) == 3
+    assert points["attention3d", "backward"] == [(1000.0, 500.0)]
+    ((ours, rate), (others, other)) = points["adaln", "forward"] + points["gelu", "forward"]
+    assert ours != others
+    # both reach 500 GB/s
+    assert rate / ours == pytest.approx(other / others) == pytest.approx(0.5)
+
+
 def test_the_readme_shows_a_plot_once_there_is_one():
     readme = f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n"
     text = report.with_readme_lines(readme, report.readme_lines({"h200": [op_run()]}))
