@@ -74,9 +74,16 @@ def no_gpu() -> str | None:
 def no_build() -> str | None:
     if not list((ROOT / "csrc").glob("*.cu")):
         return "there are no CUDA sources in csrc"
+    return no_gpu() or (None if shutil.which("nvcc", path=search_path()) else "there is no nvcc")
+
+
+def search_path() -> str:
+    """PATH, then where CUDA's tools lie when nobody has put them there."""
     homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
-    places = ("nvcc", *(f"{home}/bin/nvcc" for home in homes if home))
-    return no_gpu() or (None if any(map(shutil.which, places)) else "there is no nvcc")
+    places = (
+        f"{home}/{folder}" for home in homes if home for folder in ("bin", "compute-sanitizer")
+    )
+    return os.pathsep.join((os.environ.get("PATH", ""), *places))
 
 
 def no_wheels() -> str | None:
@@ -90,7 +97,8 @@ def no_wheels() -> str | None:
 def no_sanitizer() -> str | None:
     if no_gpu():
         return no_gpu()
-    return None if shutil.which("compute-sanitizer") else "compute-sanitizer is not on the PATH"
+    there = shutil.which("compute-sanitizer", path=search_path())
+    return None if there else "there is no compute-sanitizer, on PATH or beside nvcc"
 
 
 def no_tuner() -> str | None:
@@ -200,7 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if tiles.is_file() and not (out / "tuned.json").exists():
         shutil.copy(tiles, out)  # until the stage that tunes has better ones
     log = out / "gpu.log"
-    log.write_text("")
+    if not given.stages:  # what is run of some stages only, adds to what the others wrote
+        log.write_text("")
+    log.touch()
     reasons = {
         stage.name: stage.missing()
         for stage in STAGES
@@ -232,7 +242,8 @@ def _run(stage: Stage, out: Path, log: Path, limit: float) -> str:
     paths = (str(ROOT), str(SITE) if SITE.is_dir() else "", os.environ.get("PYTHONPATH", ""))
     environment = {
         "DIT_KERNELS_TUNED": str(out / "tuned.json"), **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", **stage.environment,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", "PATH": search_path(),
+        **stage.environment,
     }  # fmt: skip
     start = time.monotonic()
     first = log.stat().st_size

@@ -774,6 +774,39 @@ def test_a_sanitizer_that_finds_something_fails_its_stage():
             assert (ROOT / stage.command[-1]).is_file()
 
 
+def test_cudas_tools_are_found_beside_nvcc(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "no_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "search_path", lambda: str(tmp_path))
+    assert gpu.no_sanitizer() == "there is no compute-sanitizer, on PATH or beside nvcc"
+    assert gpu.no_build() == "there is no nvcc"
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "no_gpu", lambda: None)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    (tmp_path / "bin").mkdir()
+    for tool in ("nvcc", "compute-sanitizer"):
+        (tmp_path / "bin" / tool).write_text("#!/bin/sh\necho found by the stage\n")
+        (tmp_path / "bin" / tool).chmod(0o755)
+    assert gpu.no_build() is gpu.no_sanitizer() is None
+    stage = gpu.Stage("one", ("compute-sanitizer",), 1)
+    monkeypatch.setattr(gpu, "STAGES", (stage,))
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main([]) == 0
+    assert "found by the stage" in capsys.readouterr().out
+
+
+def test_the_log_of_all_stages_is_kept_when_some_are_run_again(tmp_path, monkeypatch):
+    stages = tuple(gpu.Stage(name, python(f"print('of {name}')"), 1) for name in ("one", "two"))
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    gpu.main([])
+    gpu.main(["two"])
+    log = (tmp_path / "gpu.log").read_text()
+    assert (log.count("\nof one\n"), log.count("\nof two\n")) == (1, 2)
+    gpu.main([])
+    log = (tmp_path / "gpu.log").read_text()
+    assert (log.count("\nof one\n"), log.count("\nof two\n")) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("name", "folder"),
     [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-40GB", "a100")],
