@@ -162,14 +162,15 @@ def train(
 ) -> None:
     """Train a text-to-video model on moving handwritten digits, or on real videos.
 
-    The defaults are the settings of the model that ships with the package. A run that was killed
-    goes on with --resume and ends with the same weights as an unbroken one. --out gets checkpoints,
-    loss.png, and logs for TensorBoard.
+    The defaults are the settings of the first of the two runs that made the model of the package; the
+    second is in the examples. A run that was killed goes on with --resume and ends with the same
+    weights as an unbroken one. --out gets checkpoints, loss.png, and logs for TensorBoard.
 
     Examples:
 
     * `dit-kernels train`
     * `dit-kernels train --resume`
+    * `dit-kernels train --out runs/second --init runs/digits/model.safetensors --wordings --vary-every 4 --steps 4000 --learning-rate 0.0007`
     * `dit-kernels train --out runs/wide --hidden-size 256 --num-heads 8 --steps 20000`
     * `dit-kernels train --out runs/two --digits 2 --speeds --size 48 --given-share 0.3`
     * `dit-kernels train --out runs/latents --codec causal --learning-rate 2e-3`
