@@ -397,7 +397,7 @@ def tasks(device: str, names: Sequence[str], modes: Sequence[str]) -> list[Task]
     """What tells most comes first: a run may be cut off."""
     order = (
         ("forward", "latency"), ("train", "throughput"), ("generate", "latency"),
-        ("forward", "throughput"), ("generate", "throughput"),
+        ("forward", "throughput"), ("generate", "throughput"), ("train", "latency"),
     )  # fmt: skip
     found = []
     for mode, measure in order:
@@ -405,13 +405,7 @@ def tasks(device: str, names: Sequence[str], modes: Sequence[str]) -> list[Task]
             if mode not in modes or (names and model.name not in names):
                 continue
             for implementation in IMPLEMENTATIONS:
-                unet = model.name == "U-Net"
-                if unet and implementation.ours:
-                    continue
-                # on a CPU a whole U-Net compiles for minutes
-                if device == "cpu" and (
-                    implementation.attention or (unet and implementation.compiled)
-                ):
+                if model.name == "U-Net" and implementation.ours:
                     continue
                 found.append(Task(model, mode, measure, implementation))
     return found
@@ -431,7 +425,7 @@ def run(
         if time.monotonic() + NEEDED[task.implementation.compiled] > end:
             yield {"unfinished": len(left) - i}
             return
-        if reason := task.model.missing():
+        if reason := _missing(task, device):
             yield {**_row(task), "absent": reason}
             continue
         rows = functools.partial(_checked_and_measured, task, device, accurate)
@@ -439,6 +433,14 @@ def run(
         if lost(device):
             yield {"unfinished": len(left) - i - 1, "begun": {}}
             return
+
+
+def _missing(task: Task, device: str) -> str | None:
+    if device == "cpu" and task.implementation.attention:
+        return "needs a GPU"
+    if device == "cpu" and task.model.name == "U-Net" and task.implementation.compiled:
+        return "a whole U-Net compiles for minutes on a CPU"
+    return task.model.missing()
 
 
 def _row(task: Task) -> Row:

@@ -132,10 +132,22 @@ def test_every_model_mode_and_measure_has_its_rows():
         assert model in DiT_models
         for mode in suite.MODES:
             rows = {(m, i) for name, kind, m, i in found if (name, kind) == (model, mode)}
-            measures = {"throughput"} if mode == "train" else {"latency", "throughput"}
+            measures = ("latency", "throughput")
             assert rows == {(m, i.name) for m in measures for i in suite.IMPLEMENTATIONS}
     unets = {i for name, _, _, i in found if name == "U-Net"}
     assert unets == {"eager", "compile", "compile-cudnn"}
+
+
+def test_what_a_cpu_does_not_run_is_absent_with_the_reason():
+    wanted = [t for t in suite.tasks("cpu", [], ["forward"]) if t.implementation.compiled]
+    wanted = [t for t in wanted if t.implementation.attention or t.model.name == "U-Net"]
+    rows = [row for row in suite.run(wanted, "cpu") if "begun" not in row]
+    assert {(row["model"], row["implementation"]): row["absent"] for row in rows} == {
+        ("tiny-image", "compile-cudnn"): "needs a GPU",
+        ("tiny-video", "compile-cudnn"): "needs a GPU",
+        ("U-Net", "compile-cudnn"): "needs a GPU",
+        ("U-Net", "compile"): "a whole U-Net compiles for minutes on a CPU",
+    }
 
 
 def test_rows_are_written_as_they_come_and_compiled_ones_are_right(tmp_path, monkeypatch, capsys):
