@@ -531,11 +531,10 @@ def _draw_models(figure: Any, rows: list[Row]) -> None:
         )
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(groups))])
     axes.set_yticklabels([" ".join(key) for key in groups], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(groups) - height / 2, -0.2 - height / 2)  # also where a group has few bars
     axes.axvline(1, color="black", linewidth=1)
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
-    axes.margins(y=0.01)
     axes.set_xlabel("samples a second, relative to eager")
     figure.legend(loc="outside lower center", ncols=5, fontsize=8)
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
 import torch
 
@@ -960,6 +961,22 @@ def test_plots_are_drawn_from_the_results_and_are_the_same_again(tmp_path):
             drawn = (first / f"{name}{suffix}").read_bytes()
             assert len(drawn) > 1000
             assert drawn == (second / f"{name}{suffix}").read_bytes()
+
+
+def test_every_model_in_the_plot_has_its_name():
+    """Also one with a single bar, at the end."""
+    run = model_run()
+    eager = next(row for row in run["rows"] if row["implementation"] == "eager")
+    figure = matplotlib.figure.Figure()
+    report._draw_models(figure, [*run["rows"][:2], {**eager, "model": "U-Net"}])
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "DiT-XL/2 train throughput", "U-Net train throughput"
+    ]  # fmt: skip
+    bottom, top = axes.get_ylim()
+    assert all(top < tick < bottom for tick in axes.get_yticks())
+    for bar in axes.patches:
+        assert top < bar.get_y() < bar.get_y() + bar.get_height() < bottom
 
 
 def test_a_point_of_the_roofline_is_as_far_below_the_roof_as_its_kernel():
