@@ -331,8 +331,8 @@ def _no_run(path: Path) -> str | None:
         content = json.loads(path.read_text())
     except ValueError as error:
         return f"is not JSON: {error}"
-    if not isinstance(content, dict) or "rows" not in content:
-        return "is not of a benchmark: it has no rows"
+    if not isinstance(content, dict) or not {"machine", "rows"} <= content.keys():
+        return "is not of a benchmark: it has no rows, or no machine"
     return None
 
 
@@ -431,7 +431,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("dit-kernels bench: none of these cases has one of these shapes", file=sys.stderr)
         return 2
     end = time.monotonic() + given.seconds
-    path = result_file(given.out, given.name or ("sweeps" if sweeps else "ops"), device)
+    name = given.name or ("sweeps" if sweeps else "ops")
+    try:
+        path = result_file(given.out, name, device, resume=given.resume)
+    except (OSError, ValueError) as error:
+        print(f"dit-kernels bench: {error}", file=sys.stderr)
+        return 2
     result, done = opened(path, device, resume=given.resume)
     rows = run(device, wanted, getattr(torch, given.dtype), end - time.monotonic(), done)
     code = write_rows(path, result, rows, describe)
@@ -464,6 +469,9 @@ def opened(path: Path, device: str, *, resume: bool) -> tuple[Row, frozenset[tup
                 reason = "the process ended meanwhile: it crashed, hung or was killed"
                 result["rows"].append({**cut_off, "failed": reason})
             result.pop("unfinished", None)
+            commits = result["machine"]["commit"].split(", ")
+            if described["commit"] not in commits:
+                result["machine"]["commit"] = ", ".join([*commits, described["commit"]])
             return result, frozenset(task_key(row) for row in result["rows"])
     result = {"machine": described, "ceilings": machine.ceilings(device), "rows": []}
     print(json.dumps({**described, **result["ceilings"]}, indent=1), flush=True)
@@ -476,10 +484,19 @@ def default_shapes(device: str, quick: bool) -> tuple[str, ...]:
     return QUICK if quick else tuple(name for name in SHAPES if name not in CPU)
 
 
-def result_file(folder: Path | None, name: str, device: str) -> Path:
+def result_file(folder: Path | None, name: str, device: str, *, resume: bool) -> Path:
+    """Where the run is written, its folder made.
+
+    Raises:
+        OSError: there is none to be made.
+        ValueError: what is to be resumed is no run.
+    """
     folder = folder or machine.results(device)
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{name}.json"
+    path = folder / f"{name}.json"
+    if resume and path.exists() and (reason := _no_run(path)):
+        raise ValueError(f"{path} {reason}, so it can't be resumed")
+    return path
 
 
 def write_rows(

@@ -561,7 +561,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     end = time.monotonic() + given.seconds
     wanted = tasks(device, given.models, given.mode or MODES)
-    path = result_file(given.out, given.name, device)
+    try:
+        path = result_file(given.out, given.name, device, resume=given.resume)
+    except (OSError, ValueError) as error:
+        print(f"dit-kernels bench models: {error}", file=sys.stderr)
+        return 2
     result, done = opened(path, device, resume=given.resume)
     rows = run(wanted, device, end - time.monotonic(), done)
     code = write_rows(path, result, rows, describe)

@@ -71,9 +71,20 @@ def read_runs(folder: Path = RESULTS) -> dict[str, list[Run]]:
 
 
 def runs_in(folder: Path) -> list[Run]:
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    # the tuned tiles lie there too
-    return [run for run in found if {"machine", "rows"} <= run.keys()]
+    """Of the JSON files, the runs: the tuned tiles lie there too.
+
+    Raises:
+        ValueError: one is not JSON.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if isinstance(content, dict) and {"machine", "rows"} <= content.keys():
+            found.append(content)
+    return found
 
 
 def page(runs: dict[str, list[Run]]) -> str:
@@ -570,7 +581,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     if given.folder:
-        found = runs_in(given.folder)
+        try:
+            found = runs_in(given.folder)
+        except ValueError as error:
+            print(f"report: {error}", file=sys.stderr)
+            return 2
         if not found:
             print(f"report: no run in {given.folder}", file=sys.stderr)
             return 2

@@ -333,9 +333,11 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
     assert cut_off["begun"]["case"] == "swiglu"
     assert len(cut_off["rows"]) == 3
     monkeypatch.setattr(bench, "save", save)
+    monkeypatch.setenv("COMMIT", "0123abc")
     bench.main([*arguments, "--shape", "tiny-video", "--resume"])
     result = json.loads(path.read_text())
     assert "begun" not in result
+    assert result["machine"]["commit"] == f"{cut_off['machine']['commit']}, 0123abc"
     assert result["rows"][:3] == cut_off["rows"]
     crashed, *others = result["rows"][3:]
     assert crashed["case"] == "swiglu"
@@ -419,7 +421,7 @@ def test_models_that_now_fill_the_machine_with_another_batch_are_compared_by_the
     key = {"model": "DiT", "mode": "train", "measure": "throughput", "implementation": "ours"}
     for name, batch, ms in (("a", 8, 8.0), ("b", 16, 8.0), ("c", 16, 16.0)):
         row = {**key, "batch": batch, "ms": ms, "ms_quartiles": [ms - 0.1, ms, ms + 0.1]}
-        (tmp_path / name).write_text(json.dumps({"rows": [row]}))
+        (tmp_path / name).write_text(json.dumps({"machine": {}, "rows": [row]}))
     (line,) = bench.compare(tmp_path / "a", tmp_path / "b")
     assert line == (
         " -50.0%  1.0000 -> 0.5000 ms a sample, batch 8 -> 16,  DiT train throughput ours"
@@ -434,6 +436,12 @@ def test_wrong_words_are_one_line_and_exit_code_2(tmp_path, capsys):
     wrong = {"absent": "is no file", "broken": "is not JSON: Expecting", "other": "has no rows"}
     (tmp_path / "broken").write_text("{")
     (tmp_path / "other").write_text('{"tiles": {}}')
+    (tmp_path / "ops.json").write_text('{"tiles": {}}')
+    for words in (["gelu"], ["models", "--name", "ops"]):
+        assert bench.main([*words, "--resume", "--out", str(tmp_path)]) == 2
+        assert "ops.json is not of a benchmark: it has" in capsys.readouterr().err
+        assert bench.main([*words, "--out", str(tmp_path / "broken")]) == 2
+        assert f"File exists: '{tmp_path / 'broken'}'" in capsys.readouterr().err
     for name, reason in wrong.items():
         assert bench.main(["--compare", str(tmp_path / name), str(tmp_path / name)]) == 2
         assert reason in capsys.readouterr().err
@@ -938,6 +946,9 @@ def test_a_folder_of_runs_has_its_own_report(tmp_path, capsys):
     assert "images/roofline-cpu.png" in text
     assert report.main([str(tmp_path / "images")]) == 2
     assert "no run in" in capsys.readouterr().err
+    (tmp_path / "broken.json").write_text("{")
+    assert report.main([str(tmp_path)]) == 2
+    assert "broken.json is not JSON: Expecting" in capsys.readouterr().err
 
 
 def test_only_runs_are_read(tmp_path):
