@@ -8,6 +8,7 @@ make report        docs/benchmarks.md, its plots and the README's lines on speed
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import math
 import statistics
@@ -45,6 +46,7 @@ make peers                                 # wheels of outside kernels for a mac
 dit-kernels bench gated_adaln --shape dit-xl-1024 --out DIR
 dit-kernels bench --sweep tokens attention
 dit-kernels bench models DiT-XL/2 --mode train
+dit-kernels bench --out DIR --resume       # goes on where a run was cut off
 dit-kernels bench --compare A.json B.json  # what moved by more than the runs' spread
 python -m benchmarks.report DIR            # tables and plots of the runs in a folder
 pytest benchmarks                          # the same cases under pytest-benchmark
@@ -144,12 +146,18 @@ def section(run: Run) -> str:
         lines.append(f"Out of time with {run['unfinished']} measurements not begun.\n")
     if cut_off := run.get("begun"):
         lines.append(f"Cut off in {cut_off['implementation']} in {_what(cut_off)}.\n")
-    absent: dict[str, list[str]] = defaultdict(list)
+    absent: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
         if "absent" in row:
-            absent[f"{row['implementation']}: {row['absent']}"].append(_what(row))
+            absent[row["implementation"], row["absent"]].append(_what(row))
     failed = [f"{r['implementation']} in {_what(r)}: {r['failed']}" for r in rows if "failed" in r]
-    entries = [f"{reason} ({', '.join(dict.fromkeys(of))})" for reason, of in absent.items()]
+    asked = collections.Counter(row["implementation"] for row in rows)
+    entries = []
+    for (name, reason), of in absent.items():
+        where = ", ".join(dict.fromkeys(of))
+        if len(of) > 3 and len(of) == asked[name]:
+            where = f"all {len(of)} times it was asked for"
+        entries.append(f"{name}: {reason} ({where})")
     for title, found in (("Absent", entries), ("Failed", failed)):
         if found:
             lines += [f"{title}:\n", *(f"- {entry}" for entry in found), ""]

@@ -909,6 +909,10 @@ def test_the_report_shows_losses_and_what_was_not_measured():
     assert "### sweeps over tokens" in text
     assert "- flex in adaln s: RuntimeError: no" in text
     assert "Out of time with 3 measurements not begun." in text
+    four = [{**op_run()["rows"][-2], "shape": f"s{i}"} for i in range(4)]
+    assert "- cuda: not built (all 4 times it was asked for)" in report.section(
+        {**op_run(), "rows": [*op_run()["rows"][:1], *four]}
+    )
     cut_off = {"begun": {"case": "adaln", "shape": "s", "implementation": "cuda"}}
     assert "Cut off in cuda in adaln s." in report.section({**op_run(), **cut_off})
     assert (
