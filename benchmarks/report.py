@@ -388,36 +388,49 @@ def _speedups(rows: list[Row]) -> list[Row]:
 COLOURS = {"eager": "#9db4c8", "compile": "#4f7cac", "best other": "#c0504d"}
 
 
-def _draw_bars(figure: Any, bars: list[Row], label: str = "shape") -> None:
+def _draw_bars(figure: Any, bars: list[Row]) -> None:
+    """A panel a direction, three bars a case and shape, from the line at 1 where both take as long."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axes = figure.subplots()
-    figure.set_size_inches(8, 1.5 + 0.42 * len(bars))
     names = list(COLOURS)
-    for i, bar in enumerate(bars):
-        for j, name in enumerate(names):
-            if name in bar["ratios"]:
-                width = bar["ratios"][name] - 1  # from the line at 1, where they are equal
-                axes.barh(i + 0.27 * (j - 1), width, 0.25, left=1, color=COLOURS[name])
-    axes.set_yticks(range(len(bars)))
-    axes.set_yticklabels(
-        [f"{bar['case']} {bar[label]} {bar['direction']}".replace("  ", " ") for bar in bars],
-        fontsize=8,
-    )
-    axes.invert_yaxis()
+    cases = {bar["case"]: None for bar in bars}
+    bars = sorted(bars, key=lambda bar: list(cases).index(bar["case"]))
+    rows = {
+        label: i for i, label in enumerate(dict.fromkeys(map(_bar_label, bars)))
+    }  # of both panels
+    directions = [d for d in ("forward", "backward") if any(bar["direction"] == d for bar in bars)]
+    panels = figure.subplots(1, len(directions), sharex=True, sharey=True, squeeze=False)[0]
+    figure.set_size_inches(8.5, 1.5 + 0.36 * len(rows))
+    for panel, direction in zip(panels, directions, strict=True):
+        for bar in (bar for bar in bars if bar["direction"] == direction):
+            for j, name in enumerate(names):
+                if name in bar["ratios"]:
+                    place = rows[_bar_label(bar)] + 0.27 * (j - 1)
+                    width = bar["ratios"][name] - 1
+                    panel.barh(place, width, 0.25, left=1, color=COLOURS[name])
+        panel.set_title(direction, fontsize=9)
+        panel.axvline(1, color="black", linewidth=1)
+        panel.grid(axis="x", color="0.9")
+        panel.set_axisbelow(True)
+    axes = panels[0]
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xscale("log")
     ratios = [ratio for bar in bars for ratio in (1, *bar["ratios"].values())]
     narrow = max(ratios) / min(ratios) < 10
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if narrow else (1, 2, 5)))
-    axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.margins(y=0.02)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlabel("times as long as ours; left of the line ours is slower")
     handles = [axes.barh(0, 0, left=1, color=colour) for colour in COLOURS.values()]
-    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8)
+    # no supxlabel: the legend would cover it
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=3, fontsize=8, title_fontsize=9,
+        title="times as long as ours; left of the line ours is slower",
+    )  # fmt: skip
+
+
+def _bar_label(bar: Row) -> str:
+    return f"{bar['case']} {bar['shape']}".strip()
 
 
 def _draw_summary(figure: Any, bars: list[Row]) -> None:

@@ -994,6 +994,25 @@ def test_every_model_in_the_plot_has_its_name():
         assert top < bar.get_y() < bar.get_y() + bar.get_height() < bottom
 
 
+def test_a_bar_stands_beside_its_name_in_the_panel_of_its_direction():
+    key = {"op": "adaln", "shape": "s"}
+    bars = [
+        {**key, "case": "adaln", "direction": "forward", "ratios": {"eager": 4.0, "compile": 0.5}},
+        {**key, "case": "gated", "direction": "forward", "ratios": {"eager": 2.0}},
+        {**key, "case": "gated", "direction": "backward", "ratios": {"eager": 3.0}},
+    ]
+    figure = matplotlib.figure.Figure()
+    report._draw_bars(figure, bars)
+    forward, backward = figure.axes
+    assert (forward.get_title(), backward.get_title()) == ("forward", "backward")
+    assert [label.get_text() for label in forward.get_yticklabels()] == ["adaln s", "gated s"]
+    drawn = [
+        {(round(bar.get_y() + 0.125), bar.get_x() + bar.get_width()) for bar in axes.patches if bar.get_width()}
+        for axes in (forward, backward)
+    ]  # fmt: skip
+    assert drawn == [{(0, 4.0), (0, 0.5), (1, 2.0)}, {(1, 3.0)}]
+
+
 def test_a_point_of_the_roofline_is_as_far_below_the_roof_as_its_kernel():
     def row(op: str, flops: int, direction: str = "forward") -> bench.Row:
         return {"op": op, "flops": flops, "bytes": 10**9, "ms": 2.0, "direction": direction}
