@@ -42,6 +42,9 @@ class _Utilities:
     def load_binary(self, *args: Any) -> tuple[Any, ...]:
         return object(), 0, 0, 0, 1024
 
+    def unload_module(self, module: Any) -> None:
+        """Triton 3.9 calls it when a kernel is collected."""
+
 
 class Driver:
     """A Triton driver for one target whose launches do nothing: argument handling and compilation are real."""
