@@ -45,7 +45,7 @@ make gpu STAGES=models                     # ten minutes don't hold all: whole m
 make peers                                 # wheels of outside kernels for a machine without a network
 dit-kernels bench gated_adaln --shape dit-xl-1024 --out DIR
 dit-kernels bench --sweep tokens attention
-dit-kernels bench models DiT-XL/2 --mode train
+dit-kernels bench models DiT-XL/2 --mode train  # on a GPU; small ones on a CPU
 dit-kernels bench --out DIR --resume       # goes on where a run was cut off
 dit-kernels bench --compare A.json B.json  # what moved by more than the runs' spread
 python -m benchmarks.report DIR            # tables and plots of the runs in a folder

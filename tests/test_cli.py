@@ -309,7 +309,7 @@ def test_evaluate_prints_a_row_for_the_model_and_one_for_real_clips(run, weights
     assert "is below the bar of 90%" in result.out
     assert "real, held out" in result.out
     assert "4 (100.0%)" in result.out  # of the real clips
-    assert re.search(r"shipped model, digit by digit:  0: ./4\n", result.out)
+    assert f"{weights}, digit by digit:  0: " in result.out.replace("\n", "")
 
 
 def test_evaluate_counts_prompts_that_were_held_out_apart(run):
@@ -322,6 +322,22 @@ def test_evaluate_counts_prompts_that_were_held_out_apart(run):
         r"mine, prompts never shown, digit by digit:  0: ./1  1: ./1  2: ./1\s+3: ./1\n", result.out
     )
     assert re.search(r"mine, other prompts, digit by digit:  0: ./3  1: ./1\n", result.out)
+
+
+def test_tables_fit_a_terminal_of_80_columns(run, weights, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run("evaluate", "--count", 4, "--steps", 1, "--weights", weights, "--name", "m" * 34)
+    assert "digit" in result.out
+    assert "m" * 34 in result.out
+    assert "…" not in result.out
+
+
+def test_a_new_run_under_resume_says_so(run):
+    result = run("train", "--out", "typo", "--resume", "--steps", 1, *SMALL_RUN)
+    assert result.code == 0
+    assert "there is no typo/checkpoint.safetensors yet: a new run" in result.out
+    result = run("train", "--out", "typo", "--resume", "--init", "shipped")
+    assert "--init shipped differs from none in typo/checkpoint.safetensors" in result.err
 
 
 def test_a_run_from_other_weights_in_other_words(run, weights):

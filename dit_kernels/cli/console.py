@@ -71,9 +71,11 @@ Weights = Annotated[
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps a video.")]
 Guidance = Annotated[
-    float, typer.Option(min=0, help="How closely to follow the prompt; 1 is no guidance.")
+    float, typer.Option(min=0, max=1000, help="How closely to follow the prompt; 1 is no guidance.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same video again.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**62, help="The same seed gives the same video again.")
+]
 SchedulerName = Annotated[
     str,
     typer.Option(help="euler (along the flow), ddim, dpm++ (DPM-Solver++) or ddpm; of diffusers."),

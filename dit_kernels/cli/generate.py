@@ -36,7 +36,8 @@ def generate(
             metavar="PROMPT...",
             help="What to show, in the words the model was trained with. For the shipped model: "
             '"a DIGIT moving DIRECTION", where DIGIT is a word, zero to nine, and DIRECTION left, '
-            "right, up or down. Several prompts give several videos.",
+            'right, up or down; or in other wordings, "the digit two drifting to the left". '
+            "Several prompts give several videos.",
         ),
     ],
     out: Annotated[
@@ -156,8 +157,12 @@ def evaluate(
     scheduler: SchedulerName = "euler",
     bar: Annotated[float, typer.Option(min=0, max=1, help="The share of both that passes.")] = 0.9,
     name: Annotated[
-        str, typer.Option(help="What --json and --markdown call the model.")
-    ] = "shipped model",
+        str | None,
+        typer.Option(
+            help="What the tables, --json and --markdown call the model: by default shipped model, or "
+            "the file of --weights."
+        ),
+    ] = None,
     json: Annotated[
         Path | None,
         typer.Option(help="Also write the figures here, beside those of other models in the file."),
@@ -165,8 +170,8 @@ def evaluate(
     markdown: Annotated[
         Path | None,
         typer.Option(
-            help="Also write the table of all models in --json here: between the lines "
-            "<!-- evaluation --> and <!-- end of evaluation --> if the file has them."
+            help="Also write the table of all models in --json here: between the two lines "
+            "that README.md has for it, comments called evaluation, if the file has them."
         ),
     ] = None,
     weights: Weights = None,
@@ -196,6 +201,7 @@ def evaluate(
         raise ValueError("--markdown writes what is in --json: give both")
     model = TextToVideo.load(weights).to(torch_device(device))
     sizes = model.config
+    name = name or ("shipped model" if weights is None else str(weights))
     asked = {name: all_captions()}
     if model.wordings:
         asked = {f"{name}, prompts never shown": unseen_captions()}
@@ -267,8 +273,9 @@ def demo(
 def score_table(scores: dict[str, Score]) -> Table:
     """A row a score: how many videos, and how many had the right digit and direction."""
     table = Table(show_edge=False)
-    for heading in ("videos", "count", "digit as asked", "direction as asked"):
-        table.add_column(heading, no_wrap=True)
+    table.add_column("videos", overflow="fold")
+    for heading, width in (("count", 5), ("digit\nas asked", 12), ("direction\nas asked", 12)):
+        table.add_column(heading, no_wrap=True, min_width=width)
     for name, score in scores.items():
         table.add_row(
             name,

@@ -94,7 +94,7 @@ def check(
         table.add_column(heading, no_wrap=True)
     for heading in ("forward", "allowed", "backward", "allowed"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("", min_width=3)  # the verdict stays, however narrow the terminal
     rows = list(checks.run())
     groups: dict[tuple[str, ...], dict[str, checks.Row]] = {}
     for row in rows:

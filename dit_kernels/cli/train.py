@@ -337,8 +337,10 @@ def train_codec(
     quality = codec_training.signal_to_noise(
         trainer.model, trainer.data.batch(codec_training.MEASURED[:16])[0].to(where)
     )
+    # real videos are few: all are trained on
+    seen = "clips it did not see" if data == "digits" else "its own clips"
     output.print(
-        f"wrote {path}: {quality:.1f} dB peak signal to noise on clips it did not see; now type:",
+        f"wrote {path}: {quality:.1f} dB peak signal to noise on {seen}; now type:",
         **PLAIN,
     )
     output.print(f"  dit-kernels train --codec {path} --data {trainer.config.clips.data}", **PLAIN)
@@ -362,6 +364,8 @@ def start_run(out: Path, resume: bool, threads: int | None) -> Path:
         raise ValueError(
             f"{checkpoint} is already there; add --resume to go on with it, or choose another --out"
         )
+    if resume and not checkpoint.is_file():
+        output.print(f"there is no {checkpoint} yet: a new run", **PLAIN)
     out.mkdir(parents=True, exist_ok=True)  # before steps that could not be saved
     return checkpoint
 
@@ -424,4 +428,5 @@ def refuse_changes(
         kept = getattr(config, name)
         if is_given(context, name) and value != kept:
             option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {value} differs from {kept} in {checkpoint}, which {why}")
+            before = "none" if kept in ("", None) else kept
+            raise ValueError(f"{option} {value} differs from {before} in {checkpoint}, which {why}")

@@ -60,15 +60,25 @@ def report_of_config(source: str | Path) -> PatchReport:
         path = next((candidate for candidate in found if candidate.is_file()), path / "config.json")
     if not path.is_file():
         raise ValueError(f"{source} is no config.json and no folder of a diffusers model")
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
     name = config.get("_class_name", "") if isinstance(config, dict) else ""
     kind = getattr(diffusers, name, None) if name else None
     if kind is None:
         raise ValueError(
             f"{path} does not name a model class that diffusers {diffusers.__version__} has"
         )
-    with _meta():
-        model = kind.from_config(config)
+    if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+        raise ValueError(
+            f"{path} is of a {name}, which is no model; give a model's config.json or folder"
+        )
+    try:
+        with _meta():
+            model = kind.from_config(config)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no configuration of a {name}: {error}") from error
     return patch(model, check=False)
 
 

@@ -81,7 +81,7 @@ def _grouped(rows: Sequence[tuple[str, str]]) -> list[tuple[str, str, int]]:
 
 def patch(
     model: Any,
-    ops: Sequence[str] = KINDS,
+    ops: str | Sequence[str] = KINDS,
     *,
     rounding: str = "eager",
     check: bool = True,
@@ -94,7 +94,7 @@ def patch(
 
     Args:
         model: a module, or a diffusers pipeline, whose transformers are patched.
-        ops: what to replace: "adaln" (norms, modulation, gates), "qk_norm_rope", "patch_embed",
+        ops: what to replace, one word or several: "adaln" (norms, modulation, gates), "qk_norm_rope", "patch_embed",
             "feed_forward". "attention3d" is accepted, and left: attention stays with the model's own
             backend, as the report says of each place.
         rounding: "eager" rounds 16-bit values where the model's own code does, "once" only at the stores.
@@ -109,6 +109,7 @@ def patch(
         ValueError: a word in `ops` or `rounding` is none of these.
         TypeError: the model is neither a module nor a pipeline with a transformer.
     """
+    ops = (ops,) if isinstance(ops, str) else tuple(ops)
     for kind in ops:
         check_choice("patch", "ops", kind, (*KINDS, *LEFT_KINDS))
     check_choice("patch", "rounding", rounding, ("eager", "once"))

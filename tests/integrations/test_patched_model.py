@@ -75,6 +75,7 @@ def test_ops_chooses_kinds_and_the_report_says_so(wan: nn.Module) -> None:
     text = str(report)
     assert "blocks.*.attn1" in text
     assert "patch_embed is not asked for" in text
+    assert dit_kernels.patch(wan, ops="qk_norm_rope").replaced == report.replaced
 
 
 def test_rounding_once_is_nearer_to_float64() -> None:

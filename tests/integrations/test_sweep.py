@@ -81,6 +81,18 @@ def test_the_report_of_a_config(tmp_path: Path) -> None:
     config.write_text('{"_class_name": "NoSuchModel"}')
     with pytest.raises(ValueError, match="does not name a model class that diffusers"):
         inspection.report_of_config(config)
+    for text, reason in (
+        ('{"_class_name": "FluxPipeline"}', "is of a FluxPipeline, which is no model"),
+        ('{"_class_name": "DDIMScheduler"}', "is of a DDIMScheduler, which is no model"),
+        (
+            '{"_class_name": "FluxTransformer2DModel", "num_layers": "x"}',
+            "is no configuration of a Flux",
+        ),
+        ("{", r"config.json is not JSON: Expecting"),
+    ):
+        config.write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            inspection.report_of_config(config)
     with pytest.raises(ValueError, match=r"is no config.json and no folder of a diffusers model"):
         inspection.report_of_config(tmp_path / "nothing")
 
