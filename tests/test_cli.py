@@ -383,13 +383,17 @@ def test_info_names_each_backend_with_its_reason(run):
 def test_check_prints_a_row_an_op_and_fails_if_one_is_off(run, monkeypatch, error):
     from dit_kernels.check import Row
 
-    forward = Row("adaln", "wan out0", "triton", "bfloat16", "forward", 1e-3, 2e-3, 4)
-    backward = Row("adaln", "flux dx", "triton", "bfloat16", "backward", error, 2e-3, 9)
+    monkeypatch.setenv("COLUMNS", "80")
+    forward = Row("feed_forward", "wan out0", "reference", "bfloat16", "forward", 1e-3, 2e-3, 4)
+    backward = Row("feed_forward", "flux dx", "reference", "bfloat16", "backward", error, 2e-3, 9)
     monkeypatch.setattr("dit_kernels.check.run", lambda: [forward, backward])
     result = run("check")
     right = error < 2e-3
     assert result.code == (0 if right else 1)
     assert "13 tensors compared" in result.out
+    assert re.search(r"feed_forward +reference .* 2.0e-03  (ok|OFF) *\n", result.out)[1] == (
+        "ok" if right else "OFF"
+    )
     assert ("all within what is allowed" if right else "1 rows off") in result.out
     assert ("flux dx is off by 3.00e-03, allowed 2.00e-03" in result.out) == (not right)
 
