@@ -27,6 +27,8 @@ def started(folder):
         [*COMMAND, "--out", str(folder), "--resume"], stdout=subprocess.PIPE, text=True
     )
     said = process.stdout.readline()
+    if "a new run" in said:
+        said = process.stdout.readline()
     assert "parameters, step" in said
     return process, int(said.split("step ")[1].split()[0])
 
