@@ -334,6 +334,15 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path):
     trainer.step()
 
 
+def test_words_in_another_order_keep_their_meaning():
+    words = tuple(reversed(SMALL.words))
+    one, other = Trainer(SMALL, RUN), Trainer(dataclasses.replace(SMALL, words=words), RUN)
+    other.start_from(one.ema)
+    with torch.no_grad():
+        text = [t.ema.encode_text(["a seven moving left"])[0] for t in (one, other)]
+    assert torch.equal(*text)
+
+
 def test_curves_and_logs_show_every_step_once(tmp_path):
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

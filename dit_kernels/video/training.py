@@ -167,7 +167,7 @@ class Trainer:
         self.device = torch.device(device)
         self.step_number = 0
         self.losses: list[float] = []
-        if config.vary_every not in (0, *range(3, 1_000_000)):
+        if config.vary_every != 0 and config.vary_every < 3:
             raise ValueError(f"vary_every must be 0, or at least 3; got {config.vary_every}")
         for size in (
             config.batch_size,
@@ -232,7 +232,7 @@ class Trainer:
         for model in (self.model, self.ema):
             own, known = model.state_dict(), weights.state_dict()
             for name in ("text.embedding.weight", "text.position"):
-                if name in known and known[name].shape != own[name].shape:
+                if name in known:
                     rows = torch.arange(len(known[name]))
                     if name == "text.embedding.weight":
                         (ids,), _ = model.tokenizer([" ".join(weights.tokenizer.words)])
