@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_kernels.integrations.fused import Fused, attend_plainly, keeps_dtype
+from dit_kernels.integrations.fused import Fused, attend_plainly, keeps_dtype, mask_of_heads
 from dit_kernels.integrations.recognition import Row, adapts, fingerprint
 from dit_kernels.integrations.shared import norm_rows
 
@@ -98,10 +98,7 @@ def attention(
         return NotImplemented
     if self.residual_connection or self.rescale_output_factor != 1:
         return NotImplemented
-    if attention_mask is not None:
-        batch, length, _ = hidden_states.shape
-        attention_mask = self.prepare_attention_mask(attention_mask, length, batch)
-        attention_mask = attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])
+    attention_mask = mask_of_heads(self, attention_mask, hidden_states)
     q, k, v = (
         linear(hidden_states).unflatten(2, (self.heads, -1))
         for linear in (self.to_q, self.to_k, self.to_v)

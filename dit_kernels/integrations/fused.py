@@ -176,6 +176,15 @@ def attend(
     )
 
 
+def mask_of_heads(attn: Any, mask: Tensor | None, context: Tensor) -> Tensor | None:
+    """The mask that diffusers' processors make of what they are given, [B, H, 1 or N, keys]."""
+    if mask is None:
+        return None
+    batch, length, _ = context.shape
+    mask = attn.prepare_attention_mask(mask, length, batch)
+    return mask.view(batch, attn.heads, -1, mask.shape[-1])
+
+
 def attend_plainly(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:

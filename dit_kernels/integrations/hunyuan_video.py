@@ -78,16 +78,21 @@ def single_block(
     length = encoder_hidden_states.shape[1]
     x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
     y, gate = self.norm(x, emb=temb)
+    branch = single_branch(self, y, length, attention_mask, image_rotary_emb)
+    x = fused.gated_residual(x, branch, gate)
+    return x[:, :-length], x[:, -length:]
+
+
+def single_branch(self: Any, y: Tensor, length: int, attention_mask: Any, angles: Any) -> Tensor:
+    """Attention and MLP of a single block side by side; the last `length` tokens are the text."""
     mlp = self.act_mlp(self.proj_mlp(y))
     branches = self.attn(
         hidden_states=y[:, :-length],
         encoder_hidden_states=y[:, -length:],
         attention_mask=attention_mask,
-        image_rotary_emb=image_rotary_emb,
+        image_rotary_emb=angles,
     )
-    branch = torch.cat([torch.cat(branches, dim=1), mlp], dim=2)
-    x = fused.gated_residual(x, self.proj_out(branch), gate)
-    return x[:, :-length], x[:, -length:]
+    return self.proj_out(torch.cat([torch.cat(branches, dim=1), mlp], dim=2))
 
 
 @adapts(
@@ -322,14 +327,7 @@ def token_replace_single_block(
     length = encoder_hidden_states.shape[1]
     x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
     y, gate, first_gate = self.norm(x, temb, token_replace_emb, num_tokens)
-    mlp = self.act_mlp(self.proj_mlp(y))
-    branches = self.attn(
-        hidden_states=y[:, :-length],
-        encoder_hidden_states=y[:, -length:],
-        attention_mask=attention_mask,
-        image_rotary_emb=image_rotary_emb,
-    )
-    branch = self.proj_out(torch.cat([torch.cat(branches, dim=1), mlp], dim=2))
+    branch = single_branch(self, y, length, attention_mask, image_rotary_emb)
     x = fused.gated_residual(
         x, branch, both(gate, first_gate), row_index=first_frame_rows(x, num_tokens)
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_kernels.integrations.fused import Fused, attend, fits, keeps_dtype
+from dit_kernels.integrations.fused import Fused, attend, fits, keeps_dtype, mask_of_heads
 from dit_kernels.integrations.recognition import adapts
 from dit_kernels.integrations.shared import norm_rows
 
@@ -92,10 +92,7 @@ def attention(
         return NotImplemented
     if image_rotary_emb is not None and context.shape[1] != hidden_states.shape[1]:
         return NotImplemented
-    if attention_mask is not None:
-        batch, length, _ = context.shape
-        attention_mask = self.prepare_attention_mask(attention_mask, length, batch)
-        attention_mask = attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])
+    attention_mask = mask_of_heads(self, attention_mask, context)
     q, k, v = (
         projection(x).unflatten(2, (self.heads, -1))
         for projection, x in (

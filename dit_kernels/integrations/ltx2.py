@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_kernels.integrations.fused import Fused, attend, fits, keeps_dtype
+from dit_kernels.integrations.fused import Fused, attend, fits, keeps_dtype, mask_of_heads
 from dit_kernels.integrations.ltx import attention_rows
 from dit_kernels.integrations.recognition import Row, adapts
 from dit_kernels.integrations.shared import norm_rows
@@ -241,10 +241,7 @@ def attention(
         return NotImplemented
     if self.rope_type not in ("interleaved", "split"):
         return NotImplemented
-    if attention_mask is not None:
-        batch, length, _ = context.shape
-        attention_mask = self.prepare_attention_mask(attention_mask, length, batch)
-        attention_mask = attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])
+    attention_mask = mask_of_heads(self, attention_mask, context)
     gates = None if self.to_gate_logits is None else self.to_gate_logits(hidden_states)
     q, k, v = (
         projection(x).unflatten(2, (self.heads, -1))
