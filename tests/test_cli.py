@@ -472,6 +472,8 @@ def test_train_on_a_folder_of_videos(run, tmp_path):
     assert model.config.channels == 3
     made = run("generate", "a film number 1", "--weights", "r/model.safetensors", "--steps", 1)
     assert made.code == 0, made.err
+    refused = run("train", "--data", "films", "--out", "s", "--init", "shipped", "--steps", 1)
+    assert_one_line(refused, "shipped have 1 colour channels, those of --data films have 3")
 
 
 def test_evaluate_writes_its_figures_and_their_table(run, weights, tmp_path):

@@ -229,6 +229,11 @@ def train(
         clips_config, config, clips = open_for_model(
             clips_values, config, seed, weights.config.words if weights else ()
         )
+        if weights is not None and config.channels != weights.config.channels:
+            raise ValueError(
+                f"the videos of {init} have {weights.config.channels} colour channels,"
+                f" those of --data {data} have {config.channels}"
+            )
         trainer = training.Trainer(
             config, training.TrainingConfig(clips=clips_config, **run_values), where, clips
         )
