@@ -32,7 +32,7 @@ from benchmarks.baselines import Baseline, Outputs, baselines
 from benchmarks.cases import CASES, Arguments, Case, cases_for
 from benchmarks.shapes import CPU, CPU_QUICK, QUICK, SHAPES, SWEEPS, Shape, swept
 from benchmarks.timing import on_capture_stream, sets_for, timed
-from dit_kernels import testing
+from dit_kernels import backends, testing
 
 Row = dict[str, Any]
 OURS = ("triton", "cuda", "reference", "ours")
@@ -172,6 +172,8 @@ def _measured(
             f"{wrong[0].tensor} is off by {wrong[0].error:.2e}, allowed {wrong[0].allowed:.2e}"
         )
     row = {**row, "accurate": not wrong, "compared": whole}
+    if baseline.name in backends.TABLE[case.op]:
+        row["class"] = case.call_class(shape, dtype)._asdict()
     size = costs["forward"][1]
     seeds = range(1, sets_for(size, device))
     inputs = [arguments, *(case.arguments(shape, dtype, device, seed) for seed in seeds)]

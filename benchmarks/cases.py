@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.shapes import Shape
-from dit_kernels import backends, ops
+from dit_kernels import backends, measured, ops
 
 Arguments = dict[str, Any]
 Random = Callable[..., Tensor]
@@ -38,15 +38,24 @@ class Case:
 
     def cost(self, shape: Shape, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
         """(FLOPs, bytes) forward and backward, from the op's own cost()."""
-        recorder = _Recorder()
         arguments = self.arguments(shape, dtype, "meta", 0)
         if shape.lengths and self.op == "attention3d":
             # without grids the op counts every sequence as the longest
             arguments["grid"] = [(1, 1, length) for length in shape.lengths]
+        return backends.load(self.op, "reference").cost(*self._registered(arguments))
+
+    def call_class(self, shape: Shape, dtype: torch.dtype) -> measured.CallClass:
+        """What `auto` looks up to find the backend that was the fastest."""
+        arguments = self.arguments(shape, dtype, "meta", 0)
+        return measured.call_class(self.op, self._registered(arguments))
+
+    def _registered(self, arguments: Arguments) -> tuple[Any, ...]:
+        """The registered op's own arguments, in its schema's order."""
+        recorder = _Recorder()
         with recorder, torch.no_grad():
             getattr(ops, self.function)(**arguments)
         (args,) = recorder.calls
-        return backends.load(self.op, "reference").cost(*args[:-2])
+        return args[:-2]
 
 
 class _Recorder(TorchDispatchMode):

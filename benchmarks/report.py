@@ -1,6 +1,7 @@
 """From committed results to pages: nothing in them is typed.
 
-make report        docs/benchmarks.md, its plots and the README's lines on speed, from benchmarks/results/<device>/*.json
+make report        docs/benchmarks.md, its plots, the README's lines on speed and what `auto` knows of this GPU
+                   (dit_kernels/measured.json), from benchmarks/results/<device>/*.json
 
     python -m benchmarks.report [FOLDER]    the same tables and plots of the runs in a folder, into report.md there
 """
@@ -9,30 +10,37 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
-import math
-import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks import fastest, machine
 from benchmarks.bench import Row, binding, rounded
 from benchmarks.bench_models import utilisation
 from benchmarks.cases import CASES
 from benchmarks.machine import ROOT
 from benchmarks.peers import PEERS
+from benchmarks.plots import draw, pictures
+from benchmarks.runs import (
+    OURS,
+    Run,
+    by_importance,
+    grouped,
+    of_models,
+    on_gpus,
+    ours_and_best,
+    read_runs,
+    runs_in,
+)
 from benchmarks.shapes import SHAPES, SWEEPS
+from dit_kernels import measured
 
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 IMAGES = PAGE.parent / "images"
 README = ROOT / "README.md"
 MARKS = ("<!-- speed: made by `make report` -->", "<!-- end of speed -->")
-Run = dict[str, Any]
-OURS = ("triton", "cuda", "reference")  # the reference is timed on a CPU only, where it serves
 
 INTRODUCTION = """# Benchmarks
 
@@ -66,29 +74,6 @@ much it left out.
 """
 
 
-def read_runs(folder: Path = RESULTS) -> dict[str, list[Run]]:
-    """device -> its runs."""
-    found = {path.name: runs_in(path) for path in sorted(folder.glob("*/"))}
-    return {device: runs for device, runs in found.items() if runs}
-
-
-def runs_in(folder: Path) -> list[Run]:
-    """Of the JSON files, the runs: the tuned tiles lie there too.
-
-    Raises:
-        ValueError: one is not JSON.
-    """
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        if isinstance(content, dict) and {"machine", "rows"} <= content.keys():
-            found.append(content)
-    return found
-
-
 def page(runs: dict[str, list[Run]]) -> str:
     parts = [INTRODUCTION]
     if not on_gpus(runs):
@@ -103,6 +88,11 @@ def _of_device(device: str, runs: list[Run]) -> Iterator[str]:
     yield from heading(runs[0]["machine"])
     for title, name in pictures(device, runs):
         yield f"![{title}](images/{name}.png)\n"
+    chosen = fastest.table(runs)
+    if chosen:
+        yield "### Which backend `auto` takes\n"
+        yield "The fastest for a class of calls, and how many times as long the other one takes.\n"
+        yield "\n".join(_table(["case", "shape", *fastest.DIRECTIONS], chosen))
     for run in runs:
         yield section(run)
 
@@ -111,10 +101,6 @@ def heading(found_on: dict[str, Any]) -> Iterator[str]:
     yield f"## {found_on['device']}\n"
     if machine.short(found_on["device"]) == "cpu":
         yield "A CPU run shows that the suite works, and nothing about the kernels.\n"
-
-
-def on_gpus(runs: dict[str, list[Run]]) -> dict[str, list[Run]]:
-    return {device: found for device, found in runs.items() if device != "cpu"}
 
 
 def section(run: Run) -> str:
@@ -126,7 +112,7 @@ def section(run: Run) -> str:
         if name in found_on
     )
     rows = run["rows"]
-    what = "models" if _models(run) else ", ".join(sorted({row["op"] for row in rows}))
+    what = "models" if of_models(run) else ", ".join(sorted({row["op"] for row in rows}))
     if any("sweep" in row for row in rows):
         what = f"sweeps over {', '.join(dict.fromkeys(r['sweep'] for r in rows if 'sweep' in r))}"
     lines = [
@@ -134,7 +120,7 @@ def section(run: Run) -> str:
         f"{head}. Copy {rounded(ceilings['copy_gbps'])} GB/s, matrix product {rounded(ceilings['matmul_tflops'])} TFLOP/s,"
         f" a launch that does nothing {ceilings['launch_us']:.1f} µs, {ceilings['graph_launch_us']:.1f} µs in a graph.\n",
     ]
-    if _models(run):
+    if of_models(run):
         lines += _models_table(run)
     else:
         for case in dict.fromkeys(row["case"] for row in rows):
@@ -171,13 +157,13 @@ def _what(row: Row) -> str:
 def _case_table(case: str, rows: list[Row], ceilings: dict[str, float]) -> list[str]:
     """A line a shape and direction: ours, then the others with how many times as long they take."""
     measured = [row for row in rows if "ms" in row]
-    names = sorted({row["implementation"] for row in measured}, key=_order)
+    names = sorted({row["implementation"] for row in measured}, key=by_importance)
     if not names:
         return []
     heads = ["shape", "direction", "rate", "of the ceiling", "against the best other", "peak, MiB"]
     body = []
-    for (shape, direction), cells in _grouped(measured, "shape", "direction").items():
-        ours, best = _ours_and_best(cells)
+    for (shape, direction), cells in grouped(measured, "shape", "direction").items():
+        ours, best = ours_and_best(cells)
         ratio = f"{best['ms'] / ours['ms']:.2f}x" if ours and best else "-"
         own = ["not measured", "not measured", ratio, "-"]
         if ours:
@@ -198,24 +184,10 @@ def _case_table(case: str, rows: list[Row], ceilings: dict[str, float]) -> list[
 
 def _by_implementation(rows: list[Row], key: str) -> list[str]:
     found = []
-    for (shape,), cells in _grouped([row for row in rows if row[key] is not None], "shape").items():
-        sizes = (f"{name} {_mebi(cells[name][key])}" for name in sorted(cells, key=_order))
+    for (shape,), cells in grouped([row for row in rows if row[key] is not None], "shape").items():
+        sizes = (f"{name} {_mebi(cells[name][key])}" for name in sorted(cells, key=by_importance))
         found.append(f"{shape}: {', '.join(sizes)}")
     return found
-
-
-def _grouped(rows: list[Row], *keys: str) -> dict[tuple[str, ...], dict[str, Row]]:
-    found: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
-    for row in sorted(rows, key=lambda row: row.get("x", 0)):
-        found[tuple(row[key] for key in keys)][row["implementation"]] = row
-    return dict(found)
-
-
-def _ours_and_best(cells: dict[str, Row]) -> tuple[Row | None, Row | None]:
-    """The faster of our kernels, and the fastest other implementation that computes the same."""
-    ours = min((cells[n] for n in OURS if n in cells), key=lambda r: r["ms"], default=None)
-    others = (row for n, row in cells.items() if n not in OURS and row["accurate"])
-    return ours, min(others, key=lambda r: r["ms"], default=None)
 
 
 def _cell(row: Row | None, ours: Row | None) -> str:
@@ -230,16 +202,12 @@ def _mebi(size: int | None) -> str:
     return "-" if size is None else rounded(size / 2**20)
 
 
-def _models(run: Run) -> bool:
-    return any("model" in row for row in run["rows"])
-
-
 def _models_table(run: Run) -> list[str]:
     heads = ["model", "what", "implementation", "batch", "ms", "a second", "against eager",
              "FLOP utilisation", "peak, GiB"]  # fmt: skip
     body = []
     measured = [row for row in run["rows"] if "ms" in row]
-    for (model, mode, measure), cells in _grouped(measured, "model", "mode", "measure").items():
+    for (model, mode, measure), cells in grouped(measured, "model", "mode", "measure").items():
         for name, row in cells.items():
             ratio = "-"
             if "eager" in cells:
@@ -271,11 +239,6 @@ def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     ]
     rule = "|" + "|".join("---:" if number else "---" for number in numbers) + "|"
     return [f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(line)} |" for line in body), ""]
-
-
-def _order(name: str) -> tuple[int, str]:
-    first = (*OURS, "eager", "compile", "compile-max")
-    return (first.index(name) if name in first else len(first), name)
 
 
 def _contents(runs: dict[str, list[Run]]) -> str:
@@ -310,265 +273,6 @@ def _contents(runs: dict[str, list[Run]]) -> str:
         for name, sweep in SWEEPS.items()
     ])  # fmt: skip
     return "\n".join(lines)
-
-
-def pictures(device: str, runs: list[Run]) -> Iterator[tuple[str, str]]:
-    """(title, name) of the plots that these runs give."""
-    for title, name, rows, _ in _plots(device, runs):
-        if rows:
-            yield title, name
-
-
-def _plots(
-    device: str, runs: list[Run]
-) -> Iterator[tuple[str, str, list[Any], Callable[[Any, list[Any]], None]]]:
-    """(title, file name, what is drawn, how)"""
-    of_ops = [run for run in runs if not _models(run)]
-    rows = [(row, run["ceilings"]) for run in of_ops for row in run["rows"] if "ms" in row]
-    ours = [(row, ceilings) for row, ceilings in rows if row["implementation"] in OURS]
-    shaped = [row for row, _ in rows if "sweep" not in row]
-    yield (
-        "How many times as long the others take", f"speedup-{device}", _speedups(shaped), _draw_summary,
-    )  # fmt: skip
-    yield "Roofline", f"roofline-{device}", ours, _draw_roofline
-    for op in dict.fromkeys(row["op"] for row in shaped):
-        of_op = [b for b in _speedups(shaped) if b["op"] == op and b["direction"] != "both"]
-        yield f"{op}, by shape", f"speedup-{device}-{op}", of_op, _draw_bars
-    for sweep in SWEEPS:
-        swept = [pair for pair in rows if pair[0].get("sweep") == sweep]
-        yield (
-            f"Scaling with {SWEEPS[sweep].axis}",
-            f"scaling-{device}-{sweep}",
-            swept,
-            _draw_scaling,
-        )
-    whole = [row for run in runs if _models(run) for row in run["rows"] if "ms" in row]
-    yield "Whole models", f"models-{device}", whole, _draw_models
-
-
-def draw(device: str, runs: list[Run], folder: Path = IMAGES) -> list[str]:
-    """Write the plots, PNG and SVG, the same bytes again from the same results; their names."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "dit-kernels"
-    import matplotlib.pyplot as plt
-
-    drawn = []
-    folder.mkdir(parents=True, exist_ok=True)
-    for title, name, rows, how in _plots(device, runs):
-        if not rows:
-            continue
-        figure = plt.figure(figsize=(8, 5), layout="constrained")
-        figure.suptitle(f"{title}: {runs[0]['machine']['device']}", fontsize=11)
-        how(figure, rows)
-        figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        plt.close(figure)
-        drawn.append(name)
-    return drawn
-
-
-def _speedups(rows: list[Row]) -> list[Row]:
-    """For each case, shape and direction: how many times as long as ours eager, compile and the best other take."""
-    found = []
-    for (op, case, shape, direction), cells in _grouped(
-        rows, "op", "case", "shape", "direction"
-    ).items():
-        ours, best = _ours_and_best(cells)
-        if not ours or not best:
-            continue
-        bar = {"op": op, "case": case, "shape": shape, "direction": direction}
-        others = {"eager": cells.get("eager"), "compile": cells.get("compile"), "best other": best}
-        bar["ratios"] = {n: row["ms"] / ours["ms"] for n, row in others.items() if row}
-        found.append(bar)
-    return found
-
-
-COLOURS = {"eager": "#9db4c8", "compile": "#4f7cac", "best other": "#c0504d"}
-
-
-def _draw_bars(figure: Any, bars: list[Row]) -> None:
-    """A panel a direction, three bars a case and shape, from the line at 1 where both take as long."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    names = list(COLOURS)
-    cases = {bar["case"]: None for bar in bars}
-    bars = sorted(bars, key=lambda bar: list(cases).index(bar["case"]))
-    rows = {
-        label: i for i, label in enumerate(dict.fromkeys(map(_bar_label, bars)))
-    }  # of both panels
-    directions = [d for d in ("forward", "backward") if any(bar["direction"] == d for bar in bars)]
-    panels = figure.subplots(1, len(directions), sharex=True, sharey=True, squeeze=False)[0]
-    figure.set_size_inches(8.5, 1.5 + 0.36 * len(rows))
-    for panel, direction in zip(panels, directions, strict=True):
-        for bar in (bar for bar in bars if bar["direction"] == direction):
-            for j, name in enumerate(names):
-                if name in bar["ratios"]:
-                    place = rows[_bar_label(bar)] + 0.27 * (j - 1)
-                    width = bar["ratios"][name] - 1
-                    panel.barh(place, width, 0.25, left=1, color=COLOURS[name])
-        panel.set_title(direction, fontsize=9)
-        panel.axvline(1, color="black", linewidth=1)
-        panel.grid(axis="x", color="0.9")
-        panel.set_axisbelow(True)
-    axes = panels[0]
-    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xscale("log")
-    ratios = [ratio for bar in bars for ratio in (1, *bar["ratios"].values())]
-    narrow = max(ratios) / min(ratios) < 10
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if narrow else (1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
-    handles = [axes.barh(0, 0, left=1, color=colour) for colour in COLOURS.values()]
-    # no supxlabel: the legend would cover it
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=3, fontsize=8, title_fontsize=9,
-        title="times as long as ours; left of the line ours is slower",
-    )  # fmt: skip
-
-
-def _bar_label(bar: Row) -> str:
-    return f"{bar['case']} {bar['shape']}".strip()
-
-
-def _draw_summary(figure: Any, bars: list[Row]) -> None:
-    """A bar a case and direction: the geometric mean over the shapes."""
-    means = []
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for bar in bars:
-        groups[bar["case"], bar["direction"]].append(bar)
-    for (case, direction), group in groups.items():
-        if direction == "both":
-            continue
-        ratios = {
-            name: math.exp(
-                statistics.fmean(math.log(b["ratios"][name]) for b in group if name in b["ratios"])
-            )
-            for name in COLOURS
-            if any(name in b["ratios"] for b in group)
-        }
-        means.append({"case": case, "shape": "", "direction": direction, "ratios": ratios})
-    _draw_bars(figure, means)
-
-
-def _draw_roofline(figure: Any, pairs: list[tuple[Row, dict[str, float]]]) -> None:
-    """Achieved rate over intensity, log-log, a point a kernel of ours, under the machine's two ceilings."""
-    axes = figure.subplots()
-    copy = statistics.median(ceilings["copy_gbps"] for _, ceilings in pairs)
-    product = statistics.median(ceilings["matmul_tflops"] for _, ceilings in pairs)
-    points = roofline_points([row for row, _ in pairs])
-    reach = [intensity for found in points.values() for intensity, _ in found]
-    ridge = 1e3 * product / copy
-    roof = (min([*reach, 1]) / 2, ridge, max([*reach, ridge]) * 4)
-    axes.loglog(roof, [min(product, copy * x / 1e3) for x in roof], color="black", linewidth=1)
-    middle = math.sqrt(roof[0] * ridge)
-    for end, name in (
-        ((middle, copy * middle / 1e3), f"copy, {rounded(copy)} GB/s"),
-        ((roof[2], product), f"matrix product, {rounded(product)} TFLOP/s"),
-    ):
-        axes.annotate(name, end, (-4, 5), textcoords="offset points", ha="right", fontsize=8)
-    axes.margins(y=0.08)
-    colours = {op: f"C{i}" for i, op in enumerate(sorted({op for op, _ in points}))}
-    for (op, direction), found in points.items():
-        face = colours[op] if direction == "forward" else "none"
-        axes.scatter(*zip(*found, strict=True), s=18, edgecolors=colours[op], facecolors=face)
-    axes.set_xlabel(
-        "operations per byte (without matrix products: about one, the ops side by side)"
-    )
-    axes.set_ylabel("10^12 operations per second")
-    handles = [axes.scatter([], [], s=18, color=colour) for colour in colours.values()]
-    handles.append(axes.scatter([], [], s=18, edgecolors="black", facecolors="none"))
-    figure.legend(
-        handles, [*colours, "backward"], loc="outside lower center", ncols=4, fontsize=8
-    )  # fmt: skip
-
-
-def roofline_points(rows: list[Row]) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """(op, direction) -> (operations per byte, 10^12 operations per second).
-
-    A kernel without matrix products counts about one operation a byte, a little more or less by its op so that
-    the ops don't hide one another: how far it is below the roof is its bandwidth.
-    """
-    plain = sorted({row["op"] for row in rows if not row["flops"]})
-    counts = {op: 2 ** (i / 2 - (len(plain) - 1) / 4) for i, op in enumerate(plain)}
-    points: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
-    for row in rows:
-        if row["direction"] != "both":
-            work = row["flops"] or counts[row["op"]] * row["bytes"]
-            points[row["op"], row["direction"]].append(
-                (work / row["bytes"], work / row["ms"] / 1e9)
-            )
-    return dict(points)
-
-
-def _draw_scaling(figure: Any, pairs: list[tuple[Row, dict[str, float]]]) -> None:
-    """Share of the ceiling over the size that is varied: a panel a case, a line an implementation."""
-    import matplotlib
-
-    cases = list(dict.fromkeys(row["case"] for row, _ in pairs))
-    figure.set_size_inches(8, 3.2 * ((len(cases) + 1) // 2))
-    panels = figure.subplots((len(cases) + 1) // 2, min(2, len(cases)), squeeze=False).flat
-    names = sorted({row["implementation"] for row, _ in pairs}, key=_order)
-    labelled: dict[str, Any] = {}
-    colours = list(
-        map(tuple, matplotlib.colormaps["tab20"].colors)
-    )  # dark ones first, then light ones
-    colours = colours[::2] + colours[1::2]
-    for case, panel in zip(cases, panels, strict=False):
-        for i, name in enumerate(names):
-            for direction, style in (("forward", "-"), ("backward", "--")):
-                line = sorted(
-                    (row["x"], binding(row, ceilings)[1])
-                    for row, ceilings in pairs
-                    if (row["case"], row["implementation"], row["direction"])
-                    == (case, name, direction)
-                )
-                if line:
-                    label = name if style == "-" else None
-                    colour = colours[i % len(colours)]
-                    panel.plot(
-                        *zip(*line, strict=True), style, marker=".", color=colour, label=label
-                    )
-        panel.set_title(f"{case} (backward dashed)", fontsize=9)
-        panel.set_xscale("log", base=2)
-        panel.set_ylim(bottom=0)
-        panel.set_xlabel(SWEEPS[pairs[0][0]["sweep"]].axis, fontsize=8)
-        panel.set_ylabel("% of the ceiling", fontsize=8)
-        labelled |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    for panel in panels:
-        panel.set_visible(False)
-    shown = [name for name in names if name in labelled]
-    handles = [labelled[name] for name in shown]
-    figure.legend(handles, shown, loc="outside lower center", ncols=5, fontsize=8)
-
-
-def _draw_models(figure: Any, rows: list[Row]) -> None:
-    """Samples a second, relative to eager."""
-    groups = _grouped(rows, "model", "mode", "measure")
-    groups = {key: cells for key, cells in groups.items() if "eager" in cells}
-    names = sorted({name for cells in groups.values() for name in cells}, key=_order)
-    axes = figure.subplots()
-    figure.set_size_inches(8, 1.5 + 0.6 * len(groups))
-    height = 0.8 / max(1, len(names))
-    for j, name in enumerate(names):
-        found = [
-            (i, cells[name]["per_second"] / cells["eager"]["per_second"])
-            for i, cells in enumerate(groups.values())
-            if name in cells
-        ]
-        axes.barh(
-            [i + height * j for i, _ in found], [ratio for _, ratio in found], height, label=name
-        )
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(groups))])
-    axes.set_yticklabels([" ".join(key) for key in groups], fontsize=8)
-    axes.set_ylim(len(groups) - height / 2, -0.2 - height / 2)  # also where a group has few bars
-    axes.axvline(1, color="black", linewidth=1)
-    axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
-    axes.set_xlabel("samples a second, relative to eager")
-    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
 
 
 def readme_lines(runs: dict[str, list[Run]]) -> str:
@@ -619,10 +323,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = read_runs()
     PAGE.parent.mkdir(exist_ok=True)
     for device, found in runs.items():
-        draw(device, found)
+        draw(device, found, IMAGES)
+    measured.FILE.write_text(measured.text(fastest.fastest(on_gpus(runs))))
     PAGE.write_text(page(runs))
     README.write_text(with_readme_lines(README.read_text(), readme_lines(runs)))
-    print(f"{sum(map(len, runs.values()))} runs -> {PAGE.relative_to(ROOT)}, {README.name}")
+    written = ", ".join(str(path.relative_to(ROOT)) for path in (PAGE, README, measured.FILE))
+    print(f"{sum(map(len, runs.values()))} runs -> {written}")
     return 0
 
 

@@ -23,7 +23,10 @@ from typing import Any
 
 import torch
 
-# op -> the backends that "auto" tries, first to last; the reference serves what none of them takes
+from dit_kernels import measured
+
+# op -> the backends that "auto" tries, first to last, where nothing was measured (see measured.py); the
+# reference serves what none of them takes
 TABLE: dict[str, tuple[str, ...]] = {
     "adaln": ("triton", "cuda"),
     "qk_norm_rope": ("triton", "cuda"),
@@ -106,8 +109,11 @@ def requested(caller: str, backend: str | None) -> str:
     return _local.name
 
 
-def select(op: str, name: str, args: tuple[Any, ...]) -> ModuleType:
+def select(op: str, name: str, args: tuple[Any, ...], *, training: bool = False) -> ModuleType:
     """The backend module that serves this call.
+
+    Args:
+        training: a backward follows, or this is one: it must be served by the backend of its forward.
 
     Raises:
         Unsupported: the backend asked for by name is not there or cannot serve this call.
@@ -116,7 +122,10 @@ def select(op: str, name: str, args: tuple[Any, ...]) -> ModuleType:
         name = os.environ.get("DIT_KERNELS_BACKEND") or "auto"
         check_name(f"{op}: DIT_KERNELS_BACKEND", name)
     if name == "auto":
-        for candidate in TABLE[op]:
+        candidates = TABLE[op]
+        if len(candidates) > 1:
+            candidates = measured.order(op, candidates, args, training=training)
+        for candidate in candidates:
             if unavailable(candidate) is None:
                 module = load(op, candidate)
                 if module.supports(*args) is None:

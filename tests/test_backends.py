@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import dit_kernels
-from dit_kernels import backends, ops, use_backend
+from dit_kernels import backends, measured, ops, use_backend
+from dit_kernels.measured import CallClass, Fastest
 
 X = torch.randn(1, 4, 8)
 
@@ -154,3 +155,92 @@ def test_the_package_names_its_version_and_what_it_offers():
     assert public == sorted(name for name in dit_kernels.__all__ if name != "__version__")
     for name in public:
         getattr(dit_kernels, name)
+
+
+def served_by(name):
+    """A backend of feed_forward that marks its results with its name's length."""
+    module = types.ModuleType(f"dit_kernels.ops.feed_forward.{name}")
+    module.supports = lambda *args: None
+    module.forward = lambda x, bias, act, stats: [torch.full_like(x, len(name))]
+    module.backward = lambda grads, x, bias, saved, act, needs: [torch.full_like(x, -len(name))]
+    return module
+
+
+@pytest.fixture
+def two_backends(monkeypatch):
+    """Both serve everything; on this "card" classes of feed_forward were measured."""
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(sys.modules, f"dit_kernels.ops.feed_forward.{name}", served_by(name))
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    monkeypatch.setattr(measured, "gpu", lambda device: "a card")
+    backends.load.cache_clear()
+
+    def measure(*rows):
+        monkeypatch.setattr(measured, "on_gpu", lambda name: rows if name == "a card" else ())
+        measured.nearest.cache_clear()
+
+    yield measure
+    backends.load.cache_clear()
+    measured.nearest.cache_clear()
+
+
+def gelu(channels, rows, **options):
+    """The backends that served the forward and, with a gradient, the backward."""
+    x = torch.zeros(rows, channels, **options)
+    y = ops.gelu_bias(x)
+    names = [y.reshape(-1)[0].item()]
+    if x.requires_grad:
+        names.append(-torch.autograd.grad(y.sum(), x)[0][0, 0].item())
+    return ["triton" if length == 6 else "cuda" for length in names]
+
+
+def of(channels, rows, inference, training, form="x- gelu-tanh", itemsize=4, op="feed_forward"):
+    size = (channels * rows).bit_length()
+    return Fastest(CallClass(op, form, itemsize, channels, size), inference, training)
+
+
+def test_without_a_measurement_auto_keeps_the_tables_order(two_backends):
+    two_backends()
+    assert gelu(64, 8) == ["triton"]
+    two_backends(of(64, 8, "cuda", "cuda", itemsize=2), of(64, 8, "cuda", "cuda", op="adaln"))
+    assert gelu(64, 8) == ["triton"]
+
+
+def test_auto_takes_what_was_measured_to_be_the_fastest(two_backends):
+    two_backends(of(64, 8, "cuda", "triton"), of(64, 8192, "triton", "cuda"))
+    assert gelu(64, 8) == ["cuda"]
+    assert gelu(64, 8, requires_grad=True) == ["triton", "triton"]
+    assert gelu(64, 8192) == ["triton"]
+    assert gelu(64, 8192, requires_grad=True) == ["cuda", "cuda"]
+
+
+def test_a_class_that_was_not_measured_gets_the_nearest(two_backends):
+    two_backends(
+        of(64, 8, "cuda", "cuda"), of(1024, 1024, "triton", "triton"),
+        of(1024, 1024, "cuda", "cuda", form="xx gelu-tanh"),
+    )  # fmt: skip
+    assert gelu(48, 16) == ["cuda"]
+    assert gelu(768, 512) == ["triton"]
+    two_backends(of(1024, 1024, "cuda", "cuda", form="xx gelu-tanh"))
+    assert gelu(768, 512) == ["cuda"]  # of another form, but of the same op
+
+
+def test_a_backend_by_name_is_served_whatever_was_measured(two_backends):
+    two_backends(of(64, 8, "cuda", "cuda"))
+    assert ops.gelu_bias(torch.zeros(8, 64), backend="triton")[0, 0] == 6
+    with use_backend("reference"):
+        assert ops.gelu_bias(torch.zeros(8, 64))[0, 0] == 0
+
+
+def test_the_measured_file_is_read_as_it_is_written(tmp_path):
+    found = {"NVIDIA H200": (of(64, 8, "cuda", "triton"), of(1152, 65536, "triton", "triton"))}
+    path = tmp_path / "measured.json"
+    path.write_text(measured.text(found))
+    assert measured.load(path) == found
+    path.write_text(measured.text({}))
+    assert measured.load(path) == {}
+
+
+def test_no_gpu_has_no_measurement():
+    assert measured.gpu(torch.device("cpu")) == ""
+    assert measured.on_gpu("") == ()

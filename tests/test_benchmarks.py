@@ -15,12 +15,24 @@ import matplotlib.figure
 import pytest
 import torch
 
-from benchmarks import accuracy, bench, gpu, host_cost, machine, report, timing, warm
+from benchmarks import (
+    accuracy,
+    bench,
+    fastest,
+    gpu,
+    host_cost,
+    machine,
+    plots,
+    report,
+    runs,
+    timing,
+    warm,
+)
 from benchmarks.baselines import Baseline, baselines
 from benchmarks.cases import CASES, cases_for
 from benchmarks.shapes import SHAPES, SWEEPS, Shape
 from benchmarks.timing import timed
-from dit_kernels import backends, ops, testing
+from dit_kernels import backends, measured, ops, testing
 
 ROOT = Path(__file__).parent.parent
 
@@ -839,12 +851,14 @@ def test_results_name_their_commit(monkeypatch):
 
 
 def test_the_committed_pages_are_what_the_committed_results_give():
-    runs = report.read_runs()
-    assert report.PAGE.read_text() == report.page(runs)
+    committed = runs.read_runs()
+    assert report.PAGE.read_text() == report.page(committed)
+    found = fastest.fastest(runs.on_gpus(committed))
+    assert measured.FILE.read_text() == measured.text(found)
     readme = report.README.read_text()
-    assert report.with_readme_lines(readme, report.readme_lines(runs)) == readme
-    for device, found in runs.items():
-        for _, name in report.pictures(device, found):
+    assert report.with_readme_lines(readme, report.readme_lines(committed)) == readme
+    for device, found in committed.items():
+        for _, name in plots.pictures(device, found):
             for suffix in (".png", ".svg"):
                 assert (report.IMAGES / f"{name}{suffix}").is_file()
 
@@ -853,7 +867,7 @@ MACHINE = {"device": "NVIDIA H200", "commit": "abc"}
 CEILINGS = {"copy_gbps": 4000.0, "matmul_tflops": 800.0, "launch_us": 4.0, "graph_launch_us": 1.5}
 
 
-def op_run() -> report.Run:
+def op_run() -> runs.Run:
     """adaln at one shape and in a sweep: triton loses forward, wins backward, and some are not there."""
     key = {"op": "adaln", "case": "adaln", "shape": "s", "dtype": "bfloat16"}
     rows = []
@@ -880,7 +894,7 @@ def op_run() -> report.Run:
     return {"machine": MACHINE, "ceilings": CEILINGS, "rows": rows, "unfinished": 3}
 
 
-def model_run() -> report.Run:
+def model_run() -> runs.Run:
     key = {"model": "DiT-XL/2", "mode": "train", "measure": "throughput", "accurate": True}
     rows = [
         {**key, "implementation": name, "batch": 64, "ms": ms, "per_second": 64e3 / ms, "tflops": 80.0,
@@ -894,6 +908,56 @@ def model_run() -> report.Run:
         "absent": "diffusers is not installed",
     }
     return {"machine": MACHINE, "ceilings": CEILINGS, "rows": [*rows, unet]}
+
+
+def of_both(
+    case: str, shape: str, channels: int, times: dict[str, tuple[float, float]]
+) -> list[bench.Row]:
+    """Rows of our backends: forward, and forward and backward, in milliseconds."""
+    call = {"op": "adaln", "form": "-x", "itemsize": 2, "channels": channels, "size": 27}
+    return [
+        {"op": "adaln", "case": case, "shape": shape, "dtype": "bfloat16", "implementation": name,
+         "direction": direction, "ms": ms, "class": call, "accurate": True}
+        for name, both in times.items() for direction, ms in zip(("forward", "both"), both, strict=True)
+    ]  # fmt: skip
+
+
+def test_auto_learns_the_fastest_of_each_class_from_the_results():
+    """Two shapes of one class: by the geometric mean; one backend alone is no comparison."""
+    rows = [
+        *of_both("adaln", "a", 1152, {"triton": (1.0, 4.0), "cuda": (1.5, 2.0)}),
+        *of_both("adaln", "b", 1152, {"triton": (1.0, 3.0), "cuda": (0.9, 1.0)}),
+        *of_both("adaln", "c", 3072, {"triton": (2.0, 1.0), "cuda": (1.0, 2.0)}),
+        *of_both("adaln", "d", 5120, {"triton": (2.0, 1.0)}),
+    ]
+    found = fastest.fastest({"h200": [{"machine": MACHINE, "rows": rows}]})
+    assert {row.call.channels: row[1:] for row in found["NVIDIA H200"]} == {
+        1152: ("triton", "cuda"), 3072: ("cuda", "triton"),
+    }  # fmt: skip
+    assert fastest.table([{"machine": MACHINE, "rows": rows}]) == [
+        ["adaln", "a", "triton (1.50x)", "cuda (2.00x)"],
+        ["adaln", "b", "triton (0.90x)", "cuda (3.00x)"],
+        ["adaln", "c", "cuda (2.00x)", "triton (2.00x)"],
+    ]
+    assert fastest.fastest({"h200": [op_run()]}) == {}
+
+
+def test_a_row_of_ours_has_the_class_that_auto_looks_up(monkeypatch):
+    """The same by the benchmark, from the case on meta tensors, and by a call of the case."""
+    seen = []
+    order = measured.order
+
+    def watched(op, candidates, args, **options):
+        seen.append(measured.call_class(op, args))
+        return order(op, candidates, args, **options)
+
+    monkeypatch.setattr(measured, "order", watched)
+    for case in cases_for(SHAPES["tiny-video"]):
+        if len(backends.TABLE[case.op]) == 1:
+            continue
+        arguments = case.arguments(SHAPES["tiny-video"], torch.bfloat16, "cpu", 0)
+        getattr(ops, case.function)(**arguments)
+        assert seen.pop() == case.call_class(SHAPES["tiny-video"], torch.bfloat16)
 
 
 def test_the_report_shows_losses_and_what_was_not_measured():
@@ -959,18 +1023,18 @@ def test_only_runs_are_read(tmp_path):
     (tmp_path / "h200").mkdir()
     (tmp_path / "h200" / "adaln.json").write_text(json.dumps(op_run()))
     (tmp_path / "h200" / "tuned.json").write_text(json.dumps({"version": {}, "rows": []}))
-    assert report.read_runs(tmp_path) == {"h200": [op_run()]}
+    assert runs.read_runs(tmp_path) == {"h200": [op_run()]}
 
 
 def test_plots_are_drawn_from_the_results_and_are_the_same_again(tmp_path):
-    runs = [op_run(), model_run()]
-    names = [name for _, name in report.pictures("h200", runs)]
+    drawn_from = [op_run(), model_run()]
+    names = [name for _, name in plots.pictures("h200", drawn_from)]
     assert names == [
         "speedup-h200", "roofline-h200", "speedup-h200-adaln", "scaling-h200-tokens", "models-h200"
     ]  # fmt: skip
     first, second = tmp_path / "first", tmp_path / "second"
-    assert report.draw("h200", runs, first) == names
-    report.draw("h200", runs, second)
+    assert plots.draw("h200", drawn_from, first) == names
+    plots.draw("h200", drawn_from, second)
     for name in names:
         for suffix in (".png", ".svg"):
             drawn = (first / f"{name}{suffix}").read_bytes()
@@ -983,7 +1047,7 @@ def test_every_model_in_the_plot_has_its_name():
     run = model_run()
     eager = next(row for row in run["rows"] if row["implementation"] == "eager")
     figure = matplotlib.figure.Figure()
-    report._draw_models(figure, [*run["rows"][:2], {**eager, "model": "U-Net"}])
+    plots._draw_models(figure, [*run["rows"][:2], {**eager, "model": "U-Net"}])
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "DiT-XL/2 train throughput", "U-Net train throughput"
@@ -1002,7 +1066,7 @@ def test_a_bar_stands_beside_its_name_in_the_panel_of_its_direction():
         {**key, "case": "gated", "direction": "backward", "ratios": {"eager": 3.0}},
     ]
     figure = matplotlib.figure.Figure()
-    report._draw_bars(figure, bars)
+    plots._draw_bars(figure, bars)
     forward, backward = figure.axes
     assert (forward.get_title(), backward.get_title()) == ("forward", "backward")
     assert [label.get_text() for label in forward.get_yticklabels()] == ["adaln s", "gated s"]
@@ -1018,7 +1082,7 @@ def test_a_point_of_the_roofline_is_as_far_below_the_roof_as_its_kernel():
         return {"op": op, "flops": flops, "bytes": 10**9, "ms": 2.0, "direction": direction}
 
     rows = [row("adaln", 0), row("gelu", 0), row("attention3d", 10**12, "backward")]
-    points = report.roofline_points([*rows, row("adaln", 0, "both")])
+    points = plots.roofline_points([*rows, row("adaln", 0, "both")])
     assert sum(map(len, points.values())) == 3
     assert points["attention3d", "backward"] == [(1000.0, 500.0)]
     ((ours, rate), (others, other)) = points["adaln", "forward"] + points["gelu", "forward"]

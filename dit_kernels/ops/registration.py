@@ -109,7 +109,7 @@ class FusedOp:
 
     def _forward(self, *args: Any) -> list[Tensor]:
         *call, stats, name = args
-        module = backends.select(self.name, name, tuple(call))
+        module = backends.select(self.name, name, tuple(call), training=stats)
         if module is not self.reference:
             return module.forward(*call, stats)
         with _no_autocast(call):
@@ -118,7 +118,7 @@ class FusedOp:
     def _backward(self, grads: list[Tensor | None], *args: Any) -> list[Tensor]:
         tensors, saved = args[: self.n_tensors], args[self.n_tensors]
         *statics, needs, name = args[self.n_tensors + 1 :]
-        module = backends.select(self.name, name, (*tensors, *statics))
+        module = backends.select(self.name, name, (*tensors, *statics), training=True)
         if module is not self.reference:
             return module.backward(grads, *tensors, saved, *statics, needs)
         with _no_autocast(tensors), _autograd_on():

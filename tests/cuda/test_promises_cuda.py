@@ -25,8 +25,8 @@ def served(monkeypatch):
     seen = set()
     select = backends.select
 
-    def watched(op, name, args):
-        module = select(op, name, args)
+    def watched(op, name, args, **options):
+        module = select(op, name, args, **options)
         seen.add((op, module.__name__.rpartition(".")[2]))
         return module
 
