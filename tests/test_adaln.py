@@ -174,6 +174,9 @@ X = torch.randn(2, 12, 64)
         ({"shift": torch.randn(2, 32)}, ValueError, "got [2, 32] for x [2, 12, 64]"),
         ({"weight": torch.randn(32)}, ValueError, "adaln: weight must be [C] = [64]; got [32]"),
         ({"norm": "group"}, ValueError, "adaln: norm must be one of 'layer', 'rms'; got 'group'"),
+        ({"eps": -1e-6}, ValueError, "adaln: eps must be a finite number of at least 0; got -1e-06"),
+        ({"eps": float("nan")}, ValueError, "adaln: eps must be a finite number of at least 0; got nan"),
+        ({"eps": "1e-6"}, TypeError, "adaln: eps must be a number; got str"),
         ({"rounding": "twice"}, ValueError, "adaln: rounding must be one of 'once', 'eager'"),
         ({"backend": "cudnn"}, ValueError, "adaln: backend must be one of"),
         ({"shift": torch.ones(2, 64, dtype=torch.int64)}, TypeError, "adaln: shift must be float32"),
@@ -213,6 +216,8 @@ def test_gated_errors():
         ops.gated_residual(X, X, branch_weight=torch.ones(64))
     with pytest.raises(ValueError, match="gate_act must be one of"):
         ops.gated_adaln(X, X, gate_act="sigmoid")
+    with pytest.raises(ValueError, match="gated_residual: eps must be a finite number"):
+        ops.gated_residual(X, X, branch_norm="rms", eps=-1.0)
     with pytest.raises(TypeError, match="adaln: x must be a tensor; got NoneType"):
         ops.adaln(None)
     with pytest.raises(TypeError, match="gated_adaln: branch must be a tensor; got NoneType"):

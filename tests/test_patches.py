@@ -126,6 +126,12 @@ TOKENS = torch.randn(1, 12, 16)
             ),
             "final_layer: weight must be [pt * ph * pw * channels, C] = [16, 16]; got [8, 16]",
         ),
+        (
+            lambda: ops.final_layer(
+                TOKENS, None, None, torch.ones(16, 16), None, (1, 3, 4), (1, 2, 2), 4, eps=-1.0
+            ),
+            "final_layer: eps must be a finite number of at least 0; got -1.0",
+        ),
     ],
 )
 def test_errors_say_what_was_expected(call, message):

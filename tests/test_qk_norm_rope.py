@@ -194,6 +194,7 @@ TABLE = torch.ones(12, 8)
         ),
         ({"sections": 3, "cos": TABLE, "sin": TABLE}, ValueError, "sections must divide D and R"),
         ({"layout": "pairs"}, ValueError, "layout must be one of 'interleaved', 'half'"),
+        ({"eps": -1.0}, ValueError, "eps must be a finite number of at least 0; got -1.0"),
         ({"act": "gelu"}, ValueError, "act must be one of None, 'relu'"),
         (
             {"q": Q.long()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -59,6 +60,16 @@ def check_choice(op: str, name: str, value: str | None, choices: Sequence[str | 
         raise ValueError(
             f"{op}: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}"
         )
+
+
+def check_eps(op: str, eps: float) -> None:
+    """The epsilon of a norm."""
+    try:
+        fine = 0 <= eps < math.inf
+    except TypeError:
+        raise TypeError(f"{op}: eps must be a number; got {type(eps).__name__}") from None
+    if not fine:
+        raise ValueError(f"{op}: eps must be a finite number of at least 0; got {eps}")
 
 
 def check_shape(op: str, name: str, tensor: Tensor | None, shape: Sequence[int], form: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from dit_kernels.ops.adaln import reference
 from dit_kernels.ops.arguments import (
     check_choice,
+    check_eps,
     check_float,
     check_given,
     check_int32,
@@ -203,6 +204,7 @@ def _call(
     check_choice(op, "rounding", rounding, ("once", "eager"))
     check_choice(op, "gate_act", gate_act, ("none", "tanh"))
     check_choice(op, "branch_norm", branch_norm, (None, "rms"))
+    check_eps(op, eps)
     check_float(
         op, **{"residual": residual, "x" if residual is None else "branch": x}, gate=gate, shift=shift,
         scale=scale, gate_table=gate_table, branch_weight=branch_weight, weight=weight, bias=bias,

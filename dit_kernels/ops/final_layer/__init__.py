@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dit_kernels.ops.arguments import (
     check_choice,
+    check_eps,
     check_float,
     check_given,
     check_modulation,
@@ -60,6 +61,7 @@ def final_layer(
     """
     check_given(NAME, x=x, weight=weight)
     check_choice(NAME, "norm", norm, ("layer", "rms"))
+    check_eps(NAME, eps)
     check_float(NAME, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
     grid, patch = check_patches(NAME, x, grid, patch_size, layout)
     rows = patch[0] * patch[1] * patch[2] * channels

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dit_kernels.ops.arguments import check_choice, check_float, check_given, check_shape, triple
+from dit_kernels.ops.arguments import (
+    check_choice,
+    check_eps,
+    check_float,
+    check_given,
+    check_shape,
+    triple,
+)
 from dit_kernels.ops.qk_norm_rope import reference
 from dit_kernels.ops.registration import FusedOp
 
@@ -72,6 +79,7 @@ def qk_norm_rope(
     check_choice(NAME, "act", act, (None, "relu"))
     check_choice(NAME, "layout", layout, ("interleaved", "half"))
     check_choice(NAME, "rounding", rounding, ("once", "eager"))
+    check_eps(NAME, eps)
     check_float(
         NAME, q=q, k=k, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias, cos=cos, sin=sin
     )  # fmt: skip
