@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_kernels import debug, ops
+from dit_kernels.ops.arguments import check_choice, check_eps, check_range, triple
 from dit_kernels.ops.feed_forward import activated_linear
 
 
@@ -49,6 +50,7 @@ class AdaLayerNorm(nn.Module):
         chunk_dim: int = 0,
     ) -> None:
         super().__init__()
+        check_eps("AdaLayerNorm", norm_eps)
         output_dim = output_dim or 2 * embedding_dim
         self.chunk_dim = chunk_dim
         self.emb = None if num_embeddings is None else nn.Embedding(num_embeddings, embedding_dim)
@@ -141,6 +143,8 @@ class AdaLayerNormSingle(nn.Module):
 
     def __init__(self, hidden_size: int, norm: str = "layer", eps: float = 1e-6) -> None:
         super().__init__()
+        check_choice("AdaLayerNormSingle", "norm", norm, NORMS)
+        check_eps("AdaLayerNormSingle", eps)
         self.norm, self.eps = norm, eps
         self.scale_shift_table = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
 
@@ -192,6 +196,10 @@ class QKNormRoPE(nn.Module):
         sections: int = 1,
     ) -> None:
         super().__init__()
+        check_choice("QKNormRoPE", "norm", norm, QK_NORMS)
+        check_choice("QKNormRoPE", "over", over, ("head", "hidden"))
+        check_choice("QKNormRoPE", "layout", layout, ("interleaved", "half"))
+        check_eps("QKNormRoPE", eps)
         if over == "hidden" and num_heads is None:
             raise ValueError("QKNormRoPE: num_heads must be given with over='hidden'; got None")
         q_size = head_dim if over == "head" else head_dim * (num_heads or 1)
@@ -239,16 +247,11 @@ class Attention3D(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(
-                f"Attention3D: num_heads must divide dim; got {num_heads} heads for dim {dim}"
-            )
-        self.num_heads, self.head_dim, self.qk_norm, self.eps = (
-            num_heads,
-            dim // num_heads,
-            qk_norm,
-            eps,
-        )
+        _check_heads("Attention3D", "dim", dim, num_heads)
+        check_choice("Attention3D", "qk_norm", qk_norm, QK_NORMS)
+        check_eps("Attention3D", eps)
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.qk_norm, self.eps = qk_norm, eps
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = _qk_norm(qk_norm, self.head_dim, eps)
         self.k_norm = _qk_norm(qk_norm, self.head_dim, eps)
@@ -304,16 +307,11 @@ class CrossAttention(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(
-                f"CrossAttention: num_heads must divide dim; got {num_heads} heads for dim {dim}"
-            )
-        self.num_heads, self.head_dim, self.qk_norm, self.eps = (
-            num_heads,
-            dim // num_heads,
-            qk_norm,
-            eps,
-        )
+        _check_heads("CrossAttention", "dim", dim, num_heads)
+        check_choice("CrossAttention", "qk_norm", qk_norm, QK_NORMS)
+        check_eps("CrossAttention", eps)
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.qk_norm, self.eps = qk_norm, eps
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(context_dim or dim, 2 * dim)
         self.q_norm = _qk_norm(qk_norm, self.head_dim, eps)
@@ -370,8 +368,7 @@ class PatchEmbed3D(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        patch = (patch_size[0], patch_size[1], patch_size[2])
-        self.patch_size = patch
+        self.patch_size = patch = triple("PatchEmbed3D", "patch_size", patch_size)
         self.proj = nn.Conv3d(in_channels, hidden_size, patch, patch, bias=bias)
         self.register_load_state_dict_pre_hook(_image_weight_to_video)
 
@@ -402,7 +399,8 @@ class FeedForward(nn.Module):
             raise ValueError(
                 f"FeedForward: act must be gelu-tanh, gelu, swiglu or swiglu-second; got {act!r}"
             )
-        hidden_features = hidden_features or 4 * in_features
+        hidden_features = 4 * in_features if hidden_features is None else hidden_features
+        _check_least("FeedForward", "hidden_features", hidden_features)
         self.act = act
         width = 2 * hidden_features if act.startswith("swiglu") else hidden_features
         self.fc1 = nn.Linear(in_features, width, bias=bias)
@@ -442,6 +440,11 @@ class TimestepEmbedder(nn.Module):
         frequency_shift: float = 0.0,
     ) -> None:
         super().__init__()
+        if not frequency_shift < frequency_embedding_size // 2:
+            raise ValueError(
+                "TimestepEmbedder: frequency_shift must be less than half of frequency_embedding_size;"
+                f" got {frequency_shift} and {frequency_embedding_size}"
+            )
         self.frequency_embedding_size = frequency_embedding_size
         self.max_period, self.frequency_shift = max_period, frequency_shift
         self.mlp = nn.Sequential(
@@ -469,10 +472,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, text_dim: int, hidden_size: int, num_heads: int = 8) -> None:
         super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(
-                f"AttentionPool: num_heads must divide hidden_size; got {num_heads} and {hidden_size}"
-            )
+        _check_heads("AttentionPool", "hidden_size", hidden_size, num_heads)
         self.num_heads = num_heads
         self.query = nn.Parameter(torch.randn(hidden_size) / hidden_size**0.5)
         self.norm = nn.LayerNorm(text_dim)
@@ -513,7 +513,9 @@ class FinalLayer(nn.Module):
         cond_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.patch_size = (patch_size[0], patch_size[1], patch_size[2])
+        check_choice("FinalLayer", "norm", norm, NORMS)
+        check_eps("FinalLayer", eps)
+        self.patch_size = triple("FinalLayer", "patch_size", patch_size)
         self.out_channels, self.norm, self.eps = out_channels, norm, eps
         self.linear = nn.Linear(hidden_size, math.prod(self.patch_size) * out_channels)
         self.adaLN_modulation = nn.Sequential(
@@ -572,6 +574,9 @@ class DiTBlock(nn.Module):
         text_stream: bool = False,
     ) -> None:
         super().__init__()
+        check_choice("DiTBlock", "norm", norm, NORMS)
+        check_eps("DiTBlock", norm1_eps)
+        check_eps("DiTBlock", norm2_eps)
         self.norm, self.norm1_eps, self.norm2_eps = norm, norm1_eps, norm2_eps
         self.attn = Attention3D(hidden_size, num_heads, qkv_bias=True, qk_norm=qk_norm)
         self.mlp = FeedForward(hidden_size, int(hidden_size * mlp_ratio))
@@ -684,21 +689,51 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
+        _check_least("LabelEmbedder", "num_classes", num_classes)
+        if not 0 <= dropout_prob <= 1:
+            raise ValueError(f"LabelEmbedder: dropout_prob must lie in [0, 1]; got {dropout_prob}")
         self.num_classes, self.dropout_prob = num_classes, dropout_prob
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """int64 [B] -> [B, C]"""
+        """int64 [B] -> [B, C]
+
+        Labels out of range are found on a CPU, and elsewhere under DIT_KERNELS_DEBUG=1.
+        """
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"LabelEmbedder: labels must be int64; got {labels.dtype}")
+        last = self.embedding_table.num_embeddings - 1
+        check_range("LabelEmbedder", "labels", labels, 0, last)
         if self.training and self.dropout_prob > 0:
             drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
             labels = torch.where(drop, self.num_classes, labels)
-        return self.embedding_table(labels)
+        try:
+            return self.embedding_table(labels)
+        except IndexError:
+            raise ValueError(
+                f"LabelEmbedder: labels must lie in [0, {last}];"
+                f" got values from {int(labels.min())} to {int(labels.max())}"
+            ) from None
 
+
+NORMS = ("layer", "rms")
+QK_NORMS = (None, "rms", "layer")
 
 _ACTIVATIONS = {
     "gelu-tanh": "gelu-tanh", "gelu": "gelu-none", "swiglu": "swiglu-first",
     "swiglu-second": "swiglu-second",
 }  # fmt: skip
+
+
+def _check_heads(layer: str, name: str, dim: int, num_heads: int) -> None:
+    _check_least(layer, "num_heads", num_heads)
+    if dim % num_heads:
+        raise ValueError(f"{layer}: num_heads must divide {name}; got {num_heads} and {dim}")
+
+
+def _check_least(layer: str, name: str, number: int) -> None:
+    if number < 1:
+        raise ValueError(f"{layer}: {name} must be at least 1; got {number}")
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -353,16 +354,47 @@ def test_final_layer_of_the_original_dit():
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "message"),
     [
-        lambda: dnn.Attention3D(10, 4),
-        lambda: dnn.AttentionPool(8, 10, 4),
-        lambda: dnn.CrossAttention(10, 4),
+        (lambda: dnn.Attention3D(10, 4), "Attention3D: num_heads must divide dim; got 4 and 10"),
+        (lambda: dnn.AttentionPool(8, 10, 4), "num_heads must divide hidden_size; got 4 and 10"),
+        (lambda: dnn.CrossAttention(10, 4), "CrossAttention: num_heads must divide dim"),
+        (lambda: dnn.Attention3D(8, 0), "Attention3D: num_heads must be at least 1; got 0"),
+        (lambda: dnn.Attention3D(8, 2, qk_norm="l2"), "qk_norm must be one of None, 'rms', 'layer'"),
+        (lambda: dnn.QKNormRoPE(8, norm="l2"), "QKNormRoPE: norm must be one of None, 'rms'"),
+        (lambda: dnn.QKNormRoPE(8, over="row"), "QKNormRoPE: over must be one of 'head', 'hidden'"),
+        (lambda: dnn.DiTBlock(8, 2, norm="batch"), "norm must be one of 'layer', 'rms'; got 'batch'"),
+        (lambda: dnn.AdaLayerNorm(8, norm_eps=-1), "AdaLayerNorm: eps must be a finite number of"),
+        (lambda: dnn.AdaLayerNormSingle(8, eps=-1), "AdaLayerNormSingle: eps must be a finite"),
+        (lambda: dnn.DiTBlock(8, 2, norm2_eps=-1), "DiTBlock: eps must be a finite number of at least"),
+        (lambda: dnn.CrossAttention(8, 2, eps=-1), "CrossAttention: eps must be a finite number of"),
+        (lambda: dnn.FinalLayer(8, (1, 2, 2), 4, eps=-1), "FinalLayer: eps must be a finite number"),
+        (lambda: dnn.FinalLayer(8, (1, 0, 2), 4), "patch_size must be at least 1 on each axis"),
+        (lambda: dnn.PatchEmbed3D(2), "PatchEmbed3D: patch_size must be 3 ints (t, h, w); got 2"),
+        (lambda: dnn.FeedForward(8, 0), "FeedForward: hidden_features must be at least 1; got 0"),
+        (lambda: dnn.TimestepEmbedder(8, 2, frequency_shift=1.0), "frequency_shift must be less than"),
+        (lambda: dnn.LabelEmbedder(0, 8, 0.1), "LabelEmbedder: num_classes must be at least 1; got 0"),
+        (lambda: dnn.LabelEmbedder(3, 8, 2), "LabelEmbedder: dropout_prob must lie in [0, 1]; got 2"),
     ],
-)
-def test_heads_must_divide(make):
-    with pytest.raises(ValueError, match="num_heads must divide"):
+)  # fmt: skip
+def test_a_layer_says_what_it_cannot_be_made_of(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+@pytest.mark.parametrize(("labels", "dropout"), [([-1, 0], 0.1), ([0, 4], 0.1), ([0, 3], 0.0)])
+def test_a_label_out_of_range_is_named(labels, dropout):
+    layer, labels = dnn.LabelEmbedder(3, 8, dropout).eval(), torch.tensor(labels)
+    message = rf"labels must lie in \[0, {2 + (dropout > 0)}\]; got values from {labels[0]} to "
+    with pytest.raises(ValueError, match=message):
+        layer(labels)
+    with pytest.raises(TypeError, match=r"labels must be int64; got torch.float32"):
+        layer(labels.float())
+    layer, labels = (
+        layer.to("meta"),
+        labels.to("meta"),
+    )  # as on a GPU: its values are not waited for
+    assert layer(labels).shape == (2, 8)
 
 
 def test_layers_compile_whole():
