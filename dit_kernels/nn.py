@@ -741,6 +741,7 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
+        and "forward" not in vars(module)  # offloading and layerwise casting replace it
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
     )

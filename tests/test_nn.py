@@ -177,6 +177,15 @@ def test_feed_forward_swiglu():
         dnn.FeedForward(C, act="relu")
 
 
+def test_feed_forward_calls_a_linear_whose_forward_was_replaced():
+    """As accelerate's and diffusers' offloading and layerwise casting do."""
+    layer, x, calls = dnn.FeedForward(C), torch.randn(B, N, C), []
+    expected, forward = layer(x), layer.fc2.forward
+    layer.fc2.forward = lambda h: calls.append(h) or forward(h)
+    close(layer(x), expected)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("act", ["gelu-tanh", "gelu", "swiglu", "swiglu-second"])
 def test_feed_forward_is_one_function_with_its_second_linear(act):
     """Equal to the module calls that a hook brings back, also in gradients and second derivatives."""
