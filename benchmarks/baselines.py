@@ -51,6 +51,7 @@ def baselines(device: str) -> Iterator[Baseline]:
         yield _ours("reference")
     yield Baseline("eager", _every, _eager_missing, _eager)
     yield Baseline("compile", _every, _compiled_missing, _compiled("default"), preparation=1)
+    yield Baseline("conv", lambda case: case.name == "patch_embed", _eager_missing, _conv)
     for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
         yield _sdpa(backend)
     window = "attention-window"
@@ -171,6 +172,16 @@ def _sdpa(kernel: str) -> Baseline:
 
     name = f"sdpa-{kernel.split('_')[0].lower()}"
     return Baseline(name, lambda case: case.name == "attention", missing, lambda *_: run)
+
+
+def _conv(case: Case, arguments: Arguments) -> Callable[..., Outputs]:
+    """Patch embedding as most models have it: a convolution as wide as its stride, then flatten and transpose."""
+
+    def run(video: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor | None = None) -> Tensor:
+        tokens = F.conv3d(video, weight, bias, weight.shape[2:]).flatten(2).transpose(1, 2)
+        return tokens if pos_embed is None else tokens + pos_embed
+
+    return run
 
 
 def _flex(case: Case, arguments: Arguments) -> Callable[..., Outputs]:

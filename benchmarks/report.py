@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import fastest, machine
+from benchmarks import fastest, machine, targets
 from benchmarks.bench import Row, binding, rounded
 from benchmarks.bench_models import utilisation
 from benchmarks.cases import CASES
@@ -63,14 +63,14 @@ pytest benchmarks                          # the same cases under pytest-benchma
 Before a kernel is timed, its outputs and gradients are held against the float64 oracle by the one accuracy
 rule, at the shape itself; of attention over long sequences some rows of queries are, with all the gradients
 that come from them. One of ours that is off is listed as failed and not timed, another's is marked `*`. Times
-are medians over CUDA graph replays, over several sets of inputs that together are larger than the L2 cache;
-`†` marks what could not be captured and is timed by events, gaps between launches included. In brackets: how
-many times as long as ours. A result's ceilings are of its own run: a large copy (bytes read and written) and a
-large bfloat16 matrix product on random data. "Of the ceiling" is the larger of the two floors, least bytes over
-the copy's rate and FLOPs over the product's, over the time. "Saved" is what the forward keeps for the backward,
-inputs included. Losses are shown. What takes long to prepare comes last: a run that is out of time has timed
-ours against eager PyTorch everywhere, then against torch.compile, then against its max-autotune; it says how
-much it left out.
+are medians over CUDA graph replays, over several sets of inputs that together are larger than the L2 cache; `†`
+marks what could not be captured and is timed by events, gaps between launches included. In brackets: how many
+times as long as ours. A result's ceilings are of its own run: a large copy (bytes read and written) and a large
+bfloat16 matrix product on random data. "Of the ceiling" is the larger of the two floors, least bytes over the
+copy's rate and FLOPs over the product's, over the time. "Target" is what that is to be, where the work is large
+enough to say. "Saved" is what the forward keeps for the backward, inputs included. Losses are shown. What takes
+long to prepare comes last: a run that is out of time has timed ours against eager PyTorch everywhere, then
+against torch.compile, then against its max-autotune; it says how much it left out.
 """
 
 
@@ -144,7 +144,12 @@ def section(run: Run) -> str:
         if len(of) > 3 and len(of) == asked[name]:
             where = f"all {len(of)} times it was asked for"
         entries.append(f"{name}: {reason} ({where})")
-    for title, found in (("Absent", entries), ("Failed", failed)):
+    short: list[str] = []
+    if not of_models(run):
+        aims, short = _targets(rows, ceilings)
+        if aims:
+            lines.append(f"{aims - len(short)} of {aims} targets reached.\n")
+    for title, found in (("Targets missed", short), ("Absent", entries), ("Failed", failed)):
         if found:
             lines += [f"{title}:\n", *(f"- {entry}" for entry in found), ""]
     return "\n".join(lines)
@@ -160,15 +165,19 @@ def _case_table(case: str, rows: list[Row], ceilings: dict[str, float]) -> list[
     names = sorted({row["implementation"] for row in measured}, key=by_importance)
     if not names:
         return []
-    heads = ["shape", "direction", "rate", "of the ceiling", "against the best other", "peak, MiB"]
+    heads = [
+        "shape", "direction", "rate", "of the ceiling", "target", "against the best other", "peak, MiB"
+    ]  # fmt: skip
     body = []
     for (shape, direction), cells in grouped(measured, "shape", "direction").items():
         ours, best = ours_and_best(cells)
         ratio = f"{best['ms'] / ours['ms']:.2f}x" if ours and best else "-"
-        own = ["not measured", "not measured", ratio, "-"]
+        own = ["not measured", "not measured", "-", ratio, "-"]
         if ours:
             rate, percent = binding(ours, ceilings)
-            own = [rate, f"{percent:.1f}%", ratio, _mebi(ours["peak_bytes"])]
+            wanted = targets.target(ours)
+            aim = f"{wanted.ceiling:.0f}%" if wanted else "-"
+            own = [rate, f"{percent:.1f}%", aim, ratio, _mebi(ours["peak_bytes"])]
         times = [_cell(cells.get(name), ours) for name in names]
         body.append([shape, direction, *own, *times])
     text = [f"**{case}**\n", *_table([*heads, *(f"{name}, ms" for name in names)], body)]
@@ -180,6 +189,20 @@ def _case_table(case: str, rows: list[Row], ceilings: dict[str, float]) -> list[
         if found:
             text.append(f"{title}, MiB. {'; '.join(found)}.\n")
     return text
+
+
+def _targets(rows: list[Row], ceilings: dict[str, float]) -> tuple[int, list[str]]:
+    """How many rows of ours have a target, and a line for each that misses it."""
+    aims, short = 0, []
+    timed = [row for row in rows if "ms" in row]
+    for (case, shape, direction), cells in grouped(timed, "case", "shape", "direction").items():
+        ours, _ = ours_and_best(cells)
+        if ours and targets.target(ours):
+            aims += 1
+            if words := targets.missed(cells, ours, ceilings):
+                what = f"{ours['implementation']} in {case} {shape} {direction}"
+                short.append(f"{what}: {'; '.join(words)}")
+    return aims, short
 
 
 def _by_implementation(rows: list[Row], key: str) -> list[str]:
@@ -261,6 +284,12 @@ def _contents(runs: dict[str, list[Run]]) -> str:
         "Every case also has eager PyTorch and torch.compile (default and max-autotune); attention torch's own"
         " kernels by name (cuDNN, flash, FlexAttention with the same window, packed).\n"
     )
+    heads = ["target for", "direction", "work", "of the ceiling", "times as long as ours"]
+    lines += _table(heads, [
+        [", ".join(t.cases), t.direction, t.when, f"{t.ceiling:.0f}%",
+         ", ".join(f"{name} {lead:g}" for name, lead in t.lead.items())]
+        for t in targets.TARGETS
+    ])  # fmt: skip
     heads = ["shape", "batch", "grid", "text tokens", "channels", "heads x head dim", "window"]
     lines += _table(heads, [
         [name, str(s.batch), " x ".join(map(str, s.grid)), str(s.text), str(s.channels),

@@ -25,6 +25,7 @@ from benchmarks import (
     plots,
     report,
     runs,
+    targets,
     timing,
     warm,
 )
@@ -922,6 +923,51 @@ def of_both(
     ]  # fmt: skip
 
 
+def at_a_shape(shape: str) -> runs.Run:
+    """The run of adaln at a named shape: 10^9 bytes, of 4000 GB/s."""
+    run = op_run()
+    return {**run, "rows": [{**row, "shape": shape} for row in run["rows"] if "sweep" not in row]}
+
+
+def test_the_report_says_which_targets_are_missed():
+    text = report.section(at_a_shape("dit-xl-256"))
+    assert "| dit-xl-256 | forward | 1000 GB/s | 25.0% | 95% | 0.50x |" in text
+    assert "0 of 2 targets reached." in text
+    assert (
+        "- triton in adaln dit-xl-256 forward: 25.0% of the ceiling, not 95%; 0.50x against the best other, not 1.00x"
+        in text
+    )
+    assert (
+        "- triton in adaln dit-xl-256 backward: 12.5% of the ceiling, not 90%; 1.50x against compile, not 1.80x"
+        in text
+    )
+    assert "targets reached" not in report.section(op_run())  # at no named shape
+
+
+def test_a_target_is_of_work_that_is_large_enough():
+    row = {"case": "adaln", "shape": "dit-xl-256", "direction": "forward"}
+    sizes = (63e6, 64e6, 256e6)
+    found = [targets.target({**row, "bytes": size}) for size in sizes]
+    assert [aim and aim.ceiling for aim in found] == [None, 90, 95]
+    attention = {**row, "case": "attention", "bytes": 0}
+    by_shape = {"dit-xl-256": 75, "dit-xl-1024": 51, "wan-1.3b-480p": 87, "flux-1024": None}
+    for shape, percent in by_shape.items():
+        aim = targets.target({**attention, "shape": shape})
+        assert (aim and round(aim.ceiling)) == percent
+    assert all(set(aim.cases) <= {case.name for case in CASES} for aim in targets.TARGETS)
+
+
+def test_a_reached_target_is_not_listed():
+    cells = {
+        "triton": {"case": "gated_adaln", "shape": "dit-xl-256", "direction": "backward", "ms": 0.27,
+                   "bytes": 10**9, "flops": 0, "gbps": 3700.0, "tflops": 0.0, "accurate": True},
+    }  # fmt: skip
+    cells["compile"] = {**cells["triton"], "ms": 0.5}
+    assert targets.missed(cells, cells["triton"], CEILINGS) == []
+    cells["compile"]["ms"] = 0.48
+    assert targets.missed(cells, cells["triton"], CEILINGS) == ["1.78x against compile, not 1.80x"]
+
+
 def test_auto_learns_the_fastest_of_each_class_from_the_results():
     """Two shapes of one class: by the geometric mean; one backend alone is no comparison."""
     rows = [
@@ -964,10 +1010,10 @@ def test_the_report_shows_losses_and_what_was_not_measured():
     text = report.page({"h200": [op_run(), model_run()]})
     # 10^9 bytes in 1 ms: 1000 GB/s of 4000; the inaccurate one does not count as the best other
     assert (
-        "| s | forward | 1000 GB/s | 25.0% | 0.50x | 3 | 1.0000 | 4.0000† (4.00x) | 0.5000 (0.50x) |"
+        "| s | forward | 1000 GB/s | 25.0% | - | 0.50x | 3 | 1.0000 | 4.0000† (4.00x) | 0.5000 (0.50x) |"
         " 0.1000* (0.10x) |" in text
     )
-    assert "| s | backward | 500 GB/s | 12.5% | 1.50x | 3 | 2.0000 |" in text
+    assert "| s | backward | 500 GB/s | 12.5% | - | 1.50x | 3 | 2.0000 |" in text
     assert "Saved for the backward, MiB. s: triton 2, eager 2, compile 2; tokens 256:" in text
     assert "- cuda: not built (adaln s)" in text
     assert "### sweeps over tokens" in text
