@@ -393,17 +393,14 @@ def test_a_layer_says_what_it_cannot_be_made_of(make, message):
 
 @pytest.mark.parametrize(("labels", "dropout"), [([-1, 0], 0.1), ([0, 4], 0.1), ([0, 3], 0.0)])
 def test_a_label_out_of_range_is_named(labels, dropout):
-    layer, labels = dnn.LabelEmbedder(3, 8, dropout).eval(), torch.tensor(labels)
-    message = rf"labels must lie in \[0, {2 + (dropout > 0)}\]; got values from {labels[0]} to "
+    layer, labels = dnn.LabelEmbedder(3, 8, dropout), torch.tensor(labels)  # in training too
+    message = rf"labels must lie in \[0, {2 + (dropout > 0)}\]; got values from {labels.min()} to {labels.max()}"
     with pytest.raises(ValueError, match=message):
         layer(labels)
     with pytest.raises(TypeError, match=r"labels must be int64; got torch.float32"):
         layer(labels.float())
-    layer, labels = (
-        layer.to("meta"),
-        labels.to("meta"),
-    )  # as on a GPU: its values are not waited for
-    assert layer(labels).shape == (2, 8)
+    # as on a GPU: the values are not waited for
+    assert layer.to("meta")(labels.to("meta")).shape == (2, 8)
 
 
 def test_layers_compile_whole():

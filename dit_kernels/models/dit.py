@@ -18,6 +18,7 @@ from torch._guards import detect_fake_mode
 from torch.utils.checkpoint import checkpoint
 
 from dit_kernels import backends, ops
+from dit_kernels.models.checks import check_config, check_inputs, check_packed_inputs
 from dit_kernels.nn import (
     AttentionPool,
     DiTBlock,
@@ -88,31 +89,6 @@ class DiT(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, choices in (
-            ("pos_embed", pos_embed, ("sincos", "rope")),
-            ("text_mode", text_mode, ("pooled", "cross", "joint")),
-            ("norm", norm, ("layer", "rms")),
-            ("qk_norm", qk_norm, (None, "rms", "layer")),
-        ):
-            if value not in choices:
-                raise ValueError(f"DiT: {name} must be one of {choices}; got {value!r}")
-        for name, number in (
-            ("in_channels", in_channels), ("hidden_size", hidden_size), ("num_heads", num_heads),
-            ("window_every", window_every),
-        ):  # fmt: skip
-            if number < 1:
-                raise ValueError(f"DiT: {name} must be at least 1; got {number}")
-        if hidden_size % num_heads:
-            raise ValueError(
-                f"DiT: num_heads must divide hidden_size; got {num_heads} and {hidden_size}"
-            )
-        if pos_embed == "rope" and hidden_size // num_heads % 2:
-            raise ValueError(
-                f"DiT: rope turns pairs of channels, so that a head must have an even number;"
-                f" got hidden_size {hidden_size} and num_heads {num_heads}"
-            )
-        if stride is not None and window_size is None:
-            raise ValueError(f"DiT: stride needs window_size; got stride {stride} alone")
         input_size = triple("DiT", "input_size", input_size)
         patch_size = triple("DiT", "patch_size", patch_size)
         if window_size is not None:
@@ -129,6 +105,7 @@ class DiT(nn.Module):
             "class_dropout_prob": class_dropout_prob, "frequency_shift": frequency_shift,
             "norm2_eps": norm2_eps, "activation_checkpointing": activation_checkpointing,
         }  # fmt: skip
+        check_config(self.config)
         self.patch_size: Grid = patch_size
         self.in_channels, self.hidden_size = in_channels, hidden_size
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
@@ -212,27 +189,15 @@ class DiT(nn.Module):
             x's shape, with 2 * Cin channels if learn_sigma.
 
         Raises:
-            ValueError: an input is missing, not wanted, or does not fit.
+            ValueError: an input is missing, not wanted, elsewhere than the weights, or does not fit.
+            TypeError: an input is no tensor, or of another dtype than the weights.
         """
+        check_inputs(self, x, t, y, text, text_mask)
         image = x.dim() == 4
         if image:
             x = x.unsqueeze(2)
-        if x.dim() != 5 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"DiT: x must be [B, {self.in_channels}, F, Y, X] or [B, {self.in_channels}, Y, X];"
-                f" got {list(x.shape)}"
-            )
-        self._check_conditions(y, text)
         grid = self.grid(x.shape[2:])
         samples, patches = x.shape[0], math.prod(grid)
-        if tuple(t.shape) not in ((samples,), (samples, grid[0])):
-            raise ValueError(
-                f"DiT: t must be [B] or [B, Gt = {grid[0]}], a time a frame of patches, for B = {samples};"
-                f" got {list(t.shape)}"
-            )
-        if y is not None and tuple(y.shape) != (samples,):
-            raise ValueError(f"DiT: y must be [B = {samples}]; got {list(y.shape)}")
-        self._check_text(samples, text, text_mask)
         text_lens = prefix_lengths(text_mask)
         c = self._condition(t, y, text, text_mask)  # [B, C] or [B, Gt, C]
         tokens = self.x_embedder(x, self._positions(grid, x.device))
@@ -281,16 +246,11 @@ class DiT(nn.Module):
             S videos in the shapes of xs, with 2 * Cin channels if learn_sigma.
 
         Raises:
-            ValueError: as forward.
+            ValueError, TypeError: as forward.
         """
+        check_packed_inputs(self, xs, t, y, text, text_mask)
         if not xs:
             return []
-        self._check_conditions(y, text)
-        if len(t) != len(xs) or (text is not None and len(text) != len(xs)):
-            raise ValueError(
-                f"DiT: t and text must have one entry for each of the {len(xs)} videos;"
-                f" got {len(t)} and {None if text is None else len(text)}"
-            )
         images = [x.dim() == 3 for x in xs]
         videos = [x.unsqueeze(1) if image else x for x, image in zip(xs, images, strict=True)]
         device = videos[0].device
@@ -304,11 +264,6 @@ class DiT(nn.Module):
         padded, text_mask = _pad_prompts(text)
         times = [time.reshape(-1) for time in t]
         frames = [len(time) for time in times]
-        for time, grid in zip(frames, grids, strict=True):
-            if time not in (1, grid[0]):
-                raise ValueError(
-                    f"DiT: each t must be [] or [Gt = {grid[0]}], a time a frame of patches; got {time}"
-                )
         c = self._condition(torch.cat(times), y, padded, text_mask, frames)  # [R, C]
         words = [0] * len(grids)
         options: dict[str, Any] = {}
@@ -349,33 +304,6 @@ class DiT(nn.Module):
             )
         gt, gh, gw = (length // p for length, p in zip(size, self.patch_size, strict=True))
         return gt, gh, gw
-
-    def _check_conditions(self, y: Tensor | None, text: object) -> None:
-        for name, given, wanted in (
-            ("y", y is not None, self.y_embedder is not None),
-            ("text", text is not None, self.text_mode is not None),
-        ):
-            if given != wanted:
-                raise ValueError(
-                    f"DiT: {name} {'must be given to' if wanted else 'is not an input of'} this model"
-                )
-
-    def _check_text(self, samples: int, text: Tensor | None, text_mask: Tensor | None) -> None:
-        if text is None:
-            if text_mask is not None:
-                raise ValueError("DiT: text_mask is given, and no text that it could be of")
-            return
-        width = self.config["text_dim"]
-        if text.dim() != 3 or (text.shape[0], text.shape[2]) != (samples, width):
-            raise ValueError(
-                f"DiT: text must be [B = {samples}, L, text_dim = {width}]; got {list(text.shape)}"
-            )
-        if text_mask is not None and text_mask.shape != text.shape[:2]:
-            raise ValueError(
-                f"DiT: text_mask must be [B, L] = {list(text.shape[:2])}; got {list(text_mask.shape)}"
-            )
-        if text_mask is not None and text_mask.dtype != torch.bool:
-            raise TypeError(f"DiT: text_mask must be bool; got {text_mask.dtype}")
 
     def _condition(
         self,
@@ -597,6 +525,8 @@ def _image(size: str, patch: int, **options: Any) -> DiT:
 
 def _video(size: str, **options: Any) -> DiT:
     hidden, depth, heads = _SIZES[size]
+    if options.get("text_dim", 1) is None:  # a video model without text
+        options = {"text_mode": "pooled", **options}
     defaults = {
         "input_size": (16, 32, 32), "patch_size": (1, 2, 2), "in_channels": 16,
         "hidden_size": hidden, "depth": depth, "num_heads": heads, "learn_sigma": False,
