@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,11 +206,56 @@ def test_safetensors_round_trip(tmp_path):
     assert again.config == models.load(path).config
     x, t, y = torch.randn(1, 3, 4, 8, 8), torch.rand(1), torch.tensor([2])
     assert torch.equal(again(x, t, y), model(x, t, y))
+    models.save(model, tmp_path / "new" / "model.safetensors")
+    assert models.load(tmp_path / "new" / "model.safetensors").config == model.config
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "error", "message"),
+    [
+        ("none", {}, FileNotFoundError, "load: no such file: none"),
+        (".", {}, IsADirectoryError, "load: . is a folder; give the path of a .safetensors file"),
+        ("text", {}, ValueError, "load: text is not a safetensors file of `save`: "),
+        ("cut-off", {}, ValueError, "load: cut-off is not a safetensors file of `save`: "),
+        ("other", {}, ValueError, "load: other has no DiT configuration in its metadata"),
+        ("newer", {}, ValueError, "has settings that this version does not know: colour"),
+        ("model", {"colour": 1}, TypeError, "load: DiT has no argument 'colour'"),
+        (
+            "model", {"hidden_size": 64}, ValueError,
+            "the weights in model don't fit its configuration with the changes {'hidden_size': 64}: size mismatch",
+        ),
+    ],
+)  # fmt: skip
+def test_load_says_what_is_wrong_with_a_file(monkeypatch, tmp_path, file, changes, error, message):
     from safetensors.torch import save_file
 
-    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="has no DiT configuration in its metadata"):
-        models.load(tmp_path / "other.safetensors")
+    monkeypatch.chdir(tmp_path)
+    models.save(small(hidden_size=32, depth=1), "model")
+    Path("text").write_text("no weights")
+    Path("cut-off").write_bytes(Path("model").read_bytes()[:-1])
+    tensors = {"a": torch.zeros(1)}
+    save_file(tensors, "other")
+    save_file(tensors, "newer", metadata={"config": '{"depth": 1, "colour": 1}'})
+    with pytest.raises(error) as caught:
+        models.load(file, **changes)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_save_and_load_original_say_what_they_take(tmp_path):
+    with pytest.raises(TypeError, match="save: model must be a DiT; got Linear"):
+        models.save(nn.Linear(2, 2), tmp_path / "x")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        models.save(small(depth=0), tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(
+        TypeError, match=r"must be a dict of tensors, as torch\.load gives it; got str"
+    ):
+        models.load_original("DiT-XL-2-256x256.pt")
+    with pytest.raises(
+        ValueError, match=r"must be the original DiT's, with x_embedder\.proj\.weight"
+    ):
+        models.load_original({"model": {"a": torch.zeros(1)}})
 
 
 CONDITIONS = {

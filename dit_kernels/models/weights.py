@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,21 @@ from dit_kernels.models.dit import DiT
 
 
 def save(model: DiT, path: str | Path) -> None:
-    """Write a model's weights and configuration to one safetensors file, whole or not at all."""
+    """Write a model's weights and configuration to one safetensors file, whole or not at all.
+
+    Its folder is made if missing.
+
+    Raises:
+        TypeError: the model is no DiT.
+        IsADirectoryError: the path is a folder.
+    """
     from safetensors.torch import save_file
 
+    if not isinstance(model, DiT):
+        raise TypeError(f"save: model must be a DiT; got {type(model).__name__}")
     path = Path(path)
+    _refuse_folder("save", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, temporary, metadata={"config": json.dumps(model.config)})
@@ -30,18 +44,50 @@ def load(path: str | Path, device: str | torch.device = "cpu", **changes: Any) -
     """Read a model that `save` wrote; `changes` replace entries of its configuration.
 
     Raises:
-        ValueError: the file holds no DiT configuration.
+        FileNotFoundError, IsADirectoryError: there is no such file, or it is a folder.
+        ValueError: the file is none that `save` wrote, or its weights don't fit the changes.
+        TypeError: a change is no argument of DiT.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if "config" not in metadata:
+    path = Path(path)
+    _refuse_folder("load", path)
+    if not path.is_file():
+        raise FileNotFoundError(f"load: no such file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        config = json.loads(metadata.get("config", "null"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"load: {path} is not a safetensors file of `save`: {error}") from error
+    if not isinstance(config, dict):
         raise ValueError(f"load: {path} has no DiT configuration in its metadata")
-    model = DiT(**{**json.loads(metadata["config"]), **changes})
-    model.load_state_dict(load_file(path))
+    known = inspect.signature(DiT).parameters
+    if unknown := [name for name in changes if name not in known]:
+        raise TypeError(f"load: DiT has no argument {', '.join(map(repr, unknown))}")
+    if unknown := [name for name in config if name not in known]:
+        raise ValueError(
+            f"load: {path} has settings that this version does not know: {', '.join(unknown)}"
+        )
+    model = DiT(**{**config, **changes})
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        _, first, *_ = str(error).splitlines()  # the first says for which class
+        given = f" with the changes {changes}" if changes else ""
+        raise ValueError(
+            f"load: the weights in {path} don't fit its configuration{given}:"
+            f" {textwrap.shorten(first, 200, placeholder=' ...')}"
+        ) from error
     return model.to(device)
+
+
+def _refuse_folder(caller: str, path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{caller}: {path} is a folder; give the path of a .safetensors file"
+        )
 
 
 def load_original(state_dict: dict[str, Any]) -> dict[str, Tensor]:
@@ -49,13 +95,27 @@ def load_original(state_dict: dict[str, Any]) -> dict[str, Tensor]:
 
     Training checkpoints are opened ({"ema": ..., "model": ...}: the EMA weights), and the patch
     embedding's Conv2d weight [C, Cin, p, p] becomes [C, Cin, 1, p, p].
+
+    Raises:
+        TypeError: it is no state dict.
+        ValueError: it is another model's.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"load_original: state_dict must be a dict of tensors, as torch.load gives it;"
+            f" got {type(state_dict).__name__}"
+        )
     for name in ("ema", "model"):
         if isinstance(state_dict.get(name), dict):
             state_dict = state_dict[name]
             break
     state_dict = dict(state_dict)
-    weight = state_dict["x_embedder.proj.weight"]
+    weight = state_dict.get("x_embedder.proj.weight")
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            "load_original: state_dict must be the original DiT's, with x_embedder.proj.weight;"
+            f" got {len(state_dict)} entries without it"
+        )
     if weight.dim() == 4:
         state_dict["x_embedder.proj.weight"] = weight.unsqueeze(2)
     return state_dict
