@@ -176,6 +176,18 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
         ("train|--data|.", ["no video in . can be used"]),
         ("train|--data|a-file", ["a CSV with the columns video and caption"]),
         ("train|--digits|0", ["--digits"]),
+        (
+            "train|--data|.|--digits|2|--wordings",
+            ["--digits, --wordings would change nothing where --data is ."],
+        ),
+        ("train|--data|.|--hold-out", ["--hold-out would change nothing"]),
+        ("train-codec|--data|.|--speeds", ["--speeds would change nothing"]),
+        ("train|--frame-step|2", ["--frame-step would change nothing where --data is digits"]),
+        (
+            "train|--objective|ddpm|--time-mean|2",
+            ["--time-mean would change nothing", "objective is ddpm"],
+        ),
+        ("train|--size|48|--small-size|16", ["--small-size would change nothing in a run without"]),
         ("train-codec|--frames|4", ["1 more than a multiple of 2", "got 4"]),
         ("train-codec|--strides|2", ["must be like 1x2x2"]),
         (
@@ -241,6 +253,8 @@ def test_train_then_resume_then_generate(run, tmp_path):
 
     other = run("train", "--out", "r", "--resume", "--steps", 9)
     assert_one_line(other, "--steps 9 differs from 4")
+    other = run("train", "--out", "r", "--resume", "--digits", 2)
+    assert_one_line(other, "--digits 2 differs from 1")
 
     made = run("generate", PROMPT, "--steps", 1, "--weights", "r/checkpoint.safetensors")
     assert made.out == "video.mp4\n"

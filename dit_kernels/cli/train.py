@@ -212,6 +212,10 @@ def train(
         ):
             refuse_changes(context, config, values, checkpoint)
     else:
+        refuse_idle_of_clips(context, data)
+        if small_steps == 0:
+            small = ("small_batch_size", "small_frames", "small_size")
+            refuse_idle(context, small, "in a run without --small-steps")
         weights = None
         if init is None:
             config = ModelConfig(
@@ -226,6 +230,8 @@ def train(
             config = dataclasses.replace(
                 weights.config, **{k: v for k, v in sizes.items() if is_given(context, k)}
             )
+        if config.objective != "flow":
+            refuse_idle(context, ("time_mean",), f"where the objective is {config.objective}")
         clips_config, config, clips = open_for_model(
             clips_values, config, seed, weights.config.words if weights else ()
         )
@@ -326,6 +332,7 @@ def train_codec(
         ):
             refuse_changes(context, config, values, checkpoint)
     else:
+        refuse_idle_of_clips(context, data)
         trainer = codec_training.CodecTrainer(
             AutoencoderConfig(channels=1 if data == "digits" else 3, **codec_values),
             codec_training.CodecTrainingConfig(clips=ClipsConfig(**clips_values), **run_values),
@@ -421,6 +428,25 @@ def is_given(context: typer.Context, option: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def option_of(name: str) -> str:
+    """The option that sets a setting."""
+    return "--" + {"most_digits": "digits"}.get(name, name).replace("_", "-")
+
+
+def refuse_idle(context: typer.Context, names: Sequence[str], where: str) -> None:
+    """An option that would change nothing is an error: who types it means something by it."""
+    given = [option_of(name) for name in names if is_given(context, name)]
+    if given:
+        raise ValueError(f"{', '.join(given)} would change nothing {where}")
+
+
+def refuse_idle_of_clips(context: typer.Context, data: str) -> None:
+    """The options that clips of this kind don't have."""
+    of_digits = ("digits", "speeds", "hold_out", "wordings")
+    names = ("frame_step",) if data == "digits" else of_digits
+    refuse_idle(context, names, f"where --data is {data}")
+
+
 def refuse_changes(
     context: typer.Context,
     config: object,
@@ -430,8 +456,7 @@ def refuse_changes(
 ) -> None:
     """A resumed run has the checkpoint's settings; an option that says otherwise is an error."""
     for name, value in values.items():
-        kept = getattr(config, name)
-        if is_given(context, name) and value != kept:
-            option = "--" + name.replace("_", "-")
+        kept, option = getattr(config, name), option_of(name)
+        if is_given(context, option[2:].replace("-", "_")) and value != kept:
             before = "none" if kept in ("", None) else kept
             raise ValueError(f"{option} {value} differs from {before} in {checkpoint}, which {why}")
