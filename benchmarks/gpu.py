@@ -154,7 +154,9 @@ def _audit() -> tuple[str, ...]:
 
 # names as they are begun: the last one is what hung
 PYTEST = (sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-ra")
-# most of the tests' time is Triton's compiler, one core a process
+# beside other processes it would time these
+CLOCK = "tests/gpu/test_timing.py"
+# most of the other tests' time is Triton's compiler, one core a process
 WORKERS = str(min(12, os.cpu_count() or 1))
 PARALLEL = ("-n", WORKERS) if importlib.util.find_spec("xdist") else ()
 # a build that skips the extension ends well too: what counts is that it can be imported
@@ -173,7 +175,14 @@ STAGES = (
         no_wheels,
     ),
     Stage("build", ("sh", "-c", BUILD), 100, no_build),
-    Stage("test", (*PYTEST, *PARALLEL, "tests/gpu"), 100, no_gpu, {"OMP_NUM_THREADS": "1"}),
+    Stage("clock", (*PYTEST, CLOCK), 15, no_gpu),
+    Stage(
+        "test",
+        (*PYTEST, *PARALLEL, "tests/gpu", f"--ignore={CLOCK}"),
+        100,
+        no_gpu,
+        {"OMP_NUM_THREADS": "1"},
+    ),
     _sanitizer("memcheck"),
     _sanitizer("racecheck"),
     Stage("audit", _audit(), 30, no_gpu),

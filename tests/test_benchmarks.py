@@ -589,7 +589,8 @@ def test_stages_are_picked_by_name(tmp_path, monkeypatch, capsys):
         gpu.main(["tuna"])
     assert stopped.value.code == 2
     assert (
-        "no stage 'tuna'; there are peers build test memcheck racecheck" in capsys.readouterr().err
+        "no stage 'tuna'; there are peers build clock test memcheck racecheck"
+        in capsys.readouterr().err
     )
 
 
@@ -787,6 +788,13 @@ def test_every_op_has_a_stage():
         word for stage in gpu.STAGES if stage.name.startswith("bench-") for word in stage.command
     ]
     assert {op for op in backends.TABLE if op in words} == set(backends.TABLE)
+
+
+def test_what_is_timed_is_tested_alone():
+    commands = {stage.name: stage.command for stage in gpu.STAGES}
+    assert commands["clock"] == (*gpu.PYTEST, gpu.CLOCK)
+    assert f"--ignore={gpu.CLOCK}" in commands["test"]
+    assert (ROOT / gpu.CLOCK).is_file()
 
 
 def test_a_sanitizer_that_finds_something_fails_its_stage():
