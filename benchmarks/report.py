@@ -1,7 +1,7 @@
 """From committed results to pages: nothing in them is typed.
 
-make report        docs/benchmarks.md, its plots, the README's lines on speed and what `auto` knows of this GPU
-                   (dit_kernels/measured.json), from benchmarks/results/<device>/*.json
+make report        docs/benchmarks.md, its plots, the README's lines on speed, and what the package knows of the
+                   GPUs (measured.json, tuned/), from benchmarks/results/<device>/*.json
 
     python -m benchmarks.report [FOLDER]    the same tables and plots of the runs in a folder, into report.md there
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from benchmarks.machine import ROOT
 from benchmarks.peers import PEERS
 from benchmarks.plots import draw, pictures
 from benchmarks.runs import (
+    FOLDER,
     OURS,
     Run,
     by_importance,
@@ -304,6 +306,17 @@ def _contents(runs: dict[str, list[Run]]) -> str:
     return "\n".join(lines)
 
 
+def tuned() -> dict[Path, str]:
+    """Where the package has a GPU's tiles -> what the tuner wrote among the committed results."""
+    from dit_kernels.ops import triton_tuning  # a run without Triton has a report too
+
+    found = {}
+    for path in sorted(FOLDER.glob("*/tuned.json")):
+        text = path.read_text()
+        found[triton_tuning.shipped(json.loads(text)["version"]["gpu"])] = text
+    return found
+
+
 def readme_lines(runs: dict[str, list[Run]]) -> str:
     """What the README says of speed: a picture of the committed results, or that there are none."""
     pictured = [
@@ -353,6 +366,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     PAGE.parent.mkdir(exist_ok=True)
     for device, found in runs.items():
         draw(device, found, IMAGES)
+    for path, tiles in tuned().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(tiles)
     measured.FILE.write_text(measured.text(fastest.fastest(on_gpus(runs))))
     PAGE.write_text(page(runs))
     README.write_text(with_readme_lines(README.read_text(), readme_lines(runs)))

@@ -866,6 +866,8 @@ def test_the_committed_pages_are_what_the_committed_results_give():
     assert report.PAGE.read_text() == report.page(committed)
     found = fastest.fastest(runs.on_gpus(committed))
     assert measured.FILE.read_text() == measured.text(found)
+    for path, tiles in report.tuned().items():
+        assert path.read_text() == tiles
     readme = report.README.read_text()
     assert report.with_readme_lines(readme, report.readme_lines(committed)) == readme
     for device, found in committed.items():
@@ -931,6 +933,16 @@ def of_both(
          "direction": direction, "ms": ms, "class": call, "accurate": True}
         for name, both in times.items() for direction, ms in zip(("forward", "both"), both, strict=True)
     ]  # fmt: skip
+
+
+def test_tiles_among_the_committed_results_ship(tmp_path, monkeypatch):
+    (tmp_path / "h200").mkdir()
+    tiles = json.dumps({"version": {"gpu": "NVIDIA H200"}, "tiles": {}})
+    (tmp_path / "h200" / "tuned.json").write_text(tiles)
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    ((path, text),) = report.tuned().items()
+    assert path.relative_to(report.ROOT).as_posix() == "dit_kernels/tuned/NVIDIA-H200.json"
+    assert text == tiles
 
 
 def at_a_shape(shape: str) -> runs.Run:

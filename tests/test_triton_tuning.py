@@ -77,6 +77,27 @@ def test_where_the_file_is(tmp_path, monkeypatch):
     assert triton_tuning.file() == tmp_path / "dit_kernels" / "NVIDIA-H200.json"
 
 
+def test_the_users_own_tiles_come_before_those_that_ship(tmp_path, monkeypatch):
+    """Both of this GPU, source and Triton; those that ship serve where the user has none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(triton_tuning, "SHIPPED", tmp_path / "tuned")
+    monkeypatch.setenv("DIT_KERNELS_TUNED", str(tmp_path / "own.json"))
+    made_with = triton_tuning.version()
+    assert made_with["triton"].count(".") == 1  # a patch release keeps them
+    there = tmp_path / "tuned" / "NVIDIA-H200.json"
+    triton_tuning.save(there, made_with, {"k": {"1": [1], "2": [2]}, "l": {"1": [7]}})
+    triton_tuning.save(tmp_path / "own.json", made_with, {"k": {"2": [3]}})
+    triton_tuning.tuned.cache_clear()
+    try:
+        assert triton_tuning.tuned() == {"k": {"1": [1], "2": [3]}, "l": {"1": [7]}}
+        triton_tuning.save(there, {**made_with, "source": "older"}, {"k": {"1": [1]}})
+        triton_tuning.tuned.cache_clear()
+        assert triton_tuning.tuned() == {"k": {"2": [3]}}
+    finally:
+        triton_tuning.tuned.cache_clear()
+
+
 def attend(frames: int) -> object:
     q, k, v = torch.empty(1, frames * 32, 3, 4, 72, dtype=torch.bfloat16).unbind(2)
     kwargs = dict(grid=(frames, 4, 8), window_size=(1, 3, 5), backend="triton")

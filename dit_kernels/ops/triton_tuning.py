@@ -1,8 +1,9 @@
 """Tiles that were measured to be faster than the defaults on this GPU, kept on disk.
 
 No call is ever tuned: a call takes what is on disk for its shape class, else the default, which needs no
-tuning. `python -m benchmarks.tune` measures the few candidates of each class and writes the file. A class is
-what a kernel is compiled for (channels, head dim, form) and never a number of tokens.
+tuning. `python -m benchmarks.tune` measures the few candidates of each class and writes the user's own file;
+those of the committed results come with the package. A class is what a kernel is compiled for (channels, head
+dim, form) and never a number of tokens.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ Tiles = TypeVar("Tiles", bound=NamedTuple)
 Key = tuple[Hashable, ...]
 
 FORMAT = 1
+# a file a GPU, which `make report` copies from the committed results
+SHIPPED = Path(__file__).parent.parent / "tuned"
 # kernel -> the candidates of a class, from its key and default
 CANDIDATES: dict[str, Callable[[Key, Any], list[Any]]] = {}
 # set by the tuner: what to try now, and where to note what calls asked for
@@ -72,10 +75,17 @@ def _name(key: Key) -> str:
 
 @functools.cache
 def tuned() -> dict[str, dict[str, list[Any]]]:
-    """kernel -> class -> tiles, of this GPU, this source and this Triton; read once a process."""
+    """kernel -> class -> tiles, of this GPU, this source and this Triton; the user's own before those that ship."""
     if not torch.cuda.is_available():
         return {}
-    return load(file(), version())
+    found = load(shipped(torch.cuda.get_device_name()), version())
+    for kernel, classes in load(file(), version()).items():
+        found.setdefault(kernel, {}).update(classes)
+    return found
+
+
+def shipped(gpu: str) -> Path:
+    return SHIPPED / f"{gpu.replace(' ', '-')}.json"
 
 
 def file() -> Path:
@@ -92,7 +102,7 @@ def version() -> dict[str, Any]:
     return {
         "format": FORMAT,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "triton": triton.__version__,
+        "triton": ".".join(triton.__version__.split(".")[:2]),
         "source": source(),
     }
 
