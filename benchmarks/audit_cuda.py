@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -134,6 +135,14 @@ def build_flags() -> list[str]:
     )
     assert flags is not None
     return flags[1].split()
+
+
+@functools.cache
+def unasked() -> int:
+    """Bytes of dynamic shared memory up to which a launch is left as it is."""
+    found = re.search(r"kUnasked = (\d+) \* 1024", (ROOT / "csrc" / "common.cuh").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def compiler() -> tuple[Path, str]:
@@ -256,8 +265,11 @@ def problems(row: Row) -> list[str]:
         found.append("a 16-bit product without tensor cores")
     if name in PREFETCHED and not (row["asynchronous"] or row["tma"]):
         found.append("no asynchronous copies")
-    if row["occupancy"] == 0:
+    block = row["shared"] + row["dynamic"]
+    if row["occupancy"] == 0 or block > 1024 * (LIMITS[row["arch"]][3] - 1):
         found.append("not even one block fits")
+    if row["dynamic"] <= unasked() and block > 48 * 1024:
+        found.append(f"{block} bytes of shared memory, for which the launcher does not ask")
     return found
 
 

@@ -294,7 +294,7 @@ void adaln_backward(const AdalnBackward& call, cudaStream_t stream) {
   const DType dtype = call.dy.data != nullptr    ? call.dy.dtype
                       : call.dy2.data != nullptr ? call.dy2.dtype
                                                  : call.dout.dtype;
-  check_row(call.size, dtype, kMaxThreads<float>);
+  check_row(call.size, dtype, dtype == DType::float32 ? kMaxThreads<float> : kMaxThreads<__half>);
   if (call.stages != 1 && call.stages != 2) {
     throw std::invalid_argument("there are 1 or 2 stages; got " + std::to_string(call.stages));
   }

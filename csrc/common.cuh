@@ -320,6 +320,9 @@ class OnDevice {
   int previous_ = -1;
 };
 
+// Dynamic shared memory that a launch may have without asking: 48 KB less what kernels declare (see the audit)
+constexpr size_t kUnasked = 32 * 1024;
+
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, const Arguments&... arguments) {
@@ -327,7 +330,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   const auto call = [&](Parameters... parameters) {
     void* addresses[] = {static_cast<void*>(&parameters)...};
     const void* function = reinterpret_cast<const void*>(kernel);
-    if (shared_bytes > 48 * 1024)
+    if (shared_bytes > kUnasked)
       check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
     const cudaError_t error = cudaLaunchKernel(function, grid, block, addresses, shared_bytes, stream);
     if (error == cudaSuccess) return;

@@ -359,6 +359,15 @@ def test_launchers_refuse_what_their_kernels_cannot_read(arguments, shift, messa
         )  # fmt: skip
 
 
+def test_rows_leave_room_for_what_the_kernel_declares(monkeypatch):
+    """A KiB: rows that take all that a block can have are never launched."""
+    monkeypatch.setattr(cuda_extension, "shared_memory", lambda x: 99 * 1024)
+    x = torch.empty(1)
+    assert 16 * 2 * 352 * 9 == 99 * 1024
+    assert not backend._fits((2, 352), 9, x)
+    assert backend._fits((2, 320), 9, x)
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_one_graph(dynamic):
     torch._dynamo.reset()

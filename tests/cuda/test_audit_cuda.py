@@ -46,14 +46,19 @@ def test_what_is_read_from_machine_code():
         ({"matrix": "", "kernel": "final_layer_bwd_rows_kernel<__half, 8, true>"}, ["a 16-bit product without tensor cores"]),
         ({"kernel": "adaln_bwd_kernel<float, 3, true, false>"}, ["no asynchronous copies"]),
         ({"kernel": "adaln_bwd_kernel<float, 3, true, false>", "asynchronous": True}, []),
+        ({"dynamic": 227 * 1024}, ["not even one block fits"]),
+        ({"dynamic": 48 * 1024}, []),
+        ({"dynamic": 32 * 1024, "shared": 16 * 1024}, []),
+        ({"dynamic": 32 * 1024, "shared": 17 * 1024},
+         ["50176 bytes of shared memory, for which the launcher does not ask"]),
     ],
     ids=["fine", "spills", "narrow", "no-load", "too-large", "slow-product", "float32-product", "slow-product-fp16",
-         "synchronous", "asynchronous"],
+         "synchronous", "asynchronous", "too-much-with-its-own", "asked-for", "least", "unasked"],
 )  # fmt: skip
 def test_what_fails(changed, problem):
     row = {
         "spills": 0, "main_load": 16, "tma": False, "kernel": "patch_embed_fwd_kernel<__nv_bfloat16>",
-        "occupancy": 0.5, "matrix": "HMMA", "asynchronous": False,
+        "occupancy": 0.5, "matrix": "HMMA", "asynchronous": False, "arch": "90a", "shared": 1024, "dynamic": 0,
     }  # fmt: skip
     assert audit_cuda.problems({**row, **changed}) == problem
 

@@ -215,7 +215,8 @@ def _fit(row: tuple[int, int], rows: int, x: Tensor) -> tuple[int, int]:
 
 
 def _fits(row: tuple[int, int], rows: int, x: Tensor) -> bool:
-    return 16 * row[0] * row[1] * rows <= cuda_extension.shared_memory(x)
+    # the first KiB is where rows are summed
+    return 1024 + 16 * row[0] * row[1] * rows <= cuda_extension.shared_memory(x)
 
 
 def backward(
