@@ -124,6 +124,17 @@ def test_strides(layout, monkeypatch):
     assert units[0] == (8 if layout in ("qkv-packed", "heads-first") else 1)
 
 
+@pytest.mark.parametrize("name", ["kv_lens", "text_lens", "cu_seqlens"])
+def test_lengths_that_are_a_column_of_a_table(name):
+    """Beside each there is a number that is another length."""
+    columns = {"kv_lens": [7, 3], "text_lens": [2, 5], "cu_seqlens": [0, 5, 6, 17]}
+    other = {"kv_lens": {}, "text_lens": dict(text_tokens=5), "cu_seqlens": dict(max_seqlen=11)}
+    column = columns[name]
+    table = torch.tensor([[n, 1] for n in column], dtype=torch.int32)
+    samples = 1 if name == "cu_seqlens" else 2
+    check(dict(**qkv(samples, 17, 2, 16), **other[name], **{name: table[:, 0]}))
+
+
 @pytest.mark.parametrize("shape", [(0, 8, 2, 16), (2, 0, 2, 16)])
 def test_empty(shape):
     found = testing.run("attention3d", qkv(*shape), backend="triton").all()

@@ -309,8 +309,7 @@ def _strides(x: Tensor, unit: int) -> tuple[int, int, int]:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    exact = dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
-    return "ieee" if exact or torch.version.hip is not None else "tf32"
+    return triton_launch.float32_precision() if dtype == torch.float32 else "ieee"
 
 
 def _wide(call: _Call, tensors: Sequence[Tensor], config: Config, tiles: _Tiles) -> bool:
@@ -333,6 +332,11 @@ def _forms(
     )  # fmt: skip
 
 
+def _adjacent(*lengths: Tensor | None) -> list[Tensor | None]:
+    """A number a sequence: nothing next to the tokens."""
+    return [x if x is None else x.contiguous() for x in lengths]
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, text_lens: Tensor | None, kv_lens: Tensor | None,
     cu_seqlens: Tensor | None, grid: Sequence[int], window_size: Sequence[int], stride: Sequence[int],
@@ -341,7 +345,7 @@ def forward(
 ) -> list[Tensor]:  # fmt: skip
     """[out], [lse] where it is asked for or saved."""
     samples, queries, heads, _ = q.shape
-    tensors = (q, k, v, text_lens, kv_lens, cu_seqlens)
+    tensors = (q, k, v, *_adjacent(text_lens, kv_lens, cu_seqlens))
     plan = _plans(
         tensors, tuple(grid), tuple(window_size), tuple(stride), text_tokens, text_first, causal_time, scale,
         _precision(q.dtype), return_lse or stats,
@@ -393,6 +397,7 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """dq, dk and dv, those that are needed; the same bits in every run."""
     samples, queries, heads, dim = q.shape
+    text_lens, kv_lens, cu_seqlens = _adjacent(text_lens, kv_lens, cu_seqlens)
     keys, kv_heads = k.shape[1], k.shape[2]
     out, lse = saved
     dout, dlse = grads[0], grads[1] if len(grads) > 1 else None
