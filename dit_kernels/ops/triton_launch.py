@@ -55,6 +55,13 @@ def architecture(device: torch.device) -> str:
     return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
+def float32_precision() -> str:
+    """`input_precision` of float32 products: TF32 only where torch's own may take it."""
+    # the older allow_tf32 raises where the setting was made by the newer name
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and torch.version.hip is None else "ieee"
+
+
 class Plan(NamedTuple):
     """A launch but for its pointers."""
 
@@ -149,8 +156,8 @@ def run(kernel: Any, plan: Plan, *pointers: Tensor | None) -> None:
 def _other_device(args: Sequence[Any]) -> torch.device | None:
     """The tensors' device, where it is not the current one, on which Triton would launch."""
     for arg in args:
-        if isinstance(arg, Tensor):
-            if arg.is_cuda and arg.device.index != torch.cuda.current_device():
-                return arg.device
-            break
+        tensor = arg[0] if isinstance(arg, tuple) and arg else arg
+        if isinstance(tensor, Tensor):
+            elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+            return tensor.device if elsewhere else None
     return None

@@ -694,8 +694,8 @@ def _arrange(
 
 def _dot(x: Tensor, weight: Tensor) -> tuple[bool, str]:
     """(whether products are of 16-bit numbers, the precision of float32 ones)."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    return x.dtype == weight.dtype and x.dtype != torch.float32, "tf32" if tf32 else "ieee"
+    native = x.dtype == weight.dtype and x.dtype != torch.float32
+    return native, "ieee" if native else triton_launch.float32_precision()
 
 
 @functools.cache

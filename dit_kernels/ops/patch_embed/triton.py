@@ -433,8 +433,8 @@ def _gather(video: Tensor, weight: Tensor) -> _Gather:
 
 def _products(left: torch.dtype, right: torch.dtype) -> tuple[bool, str]:
     """(whether the operands are multiplied as they come, in 16 bits; the precision of float32 products)."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    return left == right and left != torch.float32, "tf32" if tf32 else "ieee"
+    native = left == right and left != torch.float32
+    return native, "ieee" if native else triton_launch.float32_precision()
 
 
 class _Config(NamedTuple):
