@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     triton_launch.INTERPRETED, reason="under TRITON_INTERPRET=1 launches are made, not recorded"
 )
 
-VERSION = {"format": 1, "gpu": "some", "triton": "3", "source": "0"}
+VERSION = {"format": 2, "gpu": "some", "triton": "3.6", "sources": {"a": "0", "b": "1"}}
 
 
 class Tiles(NamedTuple):
@@ -39,12 +39,28 @@ def test_what_is_saved_is_chosen(tmp_path, monkeypatch):
     assert triton_tuning.choose("b.forward", (1152, "norm"), default) is default
 
 
-@pytest.mark.parametrize("field", VERSION)
-def test_another_gpu_source_or_triton_is_ignored(tmp_path, field, recwarn):
+@pytest.mark.parametrize("field", ["format", "gpu", "triton"])
+def test_another_gpu_or_triton_is_ignored(tmp_path, field, recwarn):
     path = tmp_path / "tuned.json"
-    triton_tuning.save(path, VERSION | {field: "other"}, {"a": {"1": [1]}})
+    triton_tuning.save(path, VERSION | {field: "other"}, {"a.forward": {"1": [1]}})
     assert triton_tuning.load(path, VERSION) == {}
     assert not recwarn
+
+
+def test_tiles_of_an_op_that_was_changed_since_are_ignored(tmp_path, recwarn):
+    path = tmp_path / "tuned.json"
+    older = VERSION | {"sources": {"a": "0", "b": "older"}}
+    tiles = {"a.forward": {"1": [1]}, "b.forward": {"1": [2]}, "gone.forward": {"1": [3]}}
+    triton_tuning.save(path, older, tiles)
+    assert triton_tuning.load(path, VERSION) == {"a.forward": {"1": [1]}}
+    assert not recwarn
+
+
+def test_every_kernel_with_candidates_has_a_source():
+    assert {kernel.partition(".")[0] for kernel in triton_tuning.CANDIDATES} <= set(
+        triton_tuning.sources()
+    )
+    assert len(set(triton_tuning.sources().values())) == len(triton_tuning.sources())
 
 
 def test_a_missing_file_is_nothing(tmp_path, recwarn):
@@ -57,8 +73,8 @@ def test_a_missing_file_is_nothing(tmp_path, recwarn):
     [
         "", "{", "[]", "null", '{"tiles": {}}', json.dumps({"version": VERSION}),
         json.dumps({"version": VERSION, "tiles": []}),
-        json.dumps({"version": VERSION, "tiles": {"a": {"1": "x"}}}),
-        json.dumps({"version": VERSION, "tiles": {"a": {"1": 3}}}),
+        json.dumps({"version": VERSION, "tiles": {"a.b": {"1": "x"}}}),
+        json.dumps({"version": VERSION, "tiles": {"a.b": {"1": 3}}}),
     ],
 )  # fmt: skip
 def test_a_corrupt_file_is_ignored_with_a_warning(tmp_path, text):
@@ -86,14 +102,14 @@ def test_the_users_own_tiles_come_before_those_that_ship(tmp_path, monkeypatch):
     made_with = triton_tuning.version()
     assert made_with["triton"].count(".") == 1  # a patch release keeps them
     there = tmp_path / "tuned" / "NVIDIA-H200.json"
-    triton_tuning.save(there, made_with, {"k": {"1": [1], "2": [2]}, "l": {"1": [7]}})
-    triton_tuning.save(tmp_path / "own.json", made_with, {"k": {"2": [3]}})
+    triton_tuning.save(there, made_with, {"adaln.k": {"1": [1], "2": [2]}, "adaln.l": {"1": [7]}})
+    triton_tuning.save(tmp_path / "own.json", made_with, {"adaln.k": {"2": [3]}})
     triton_tuning.tuned.cache_clear()
     try:
-        assert triton_tuning.tuned() == {"k": {"1": [1], "2": [3]}, "l": {"1": [7]}}
-        triton_tuning.save(there, {**made_with, "source": "older"}, {"k": {"1": [1]}})
+        assert triton_tuning.tuned() == {"adaln.k": {"1": [1], "2": [3]}, "adaln.l": {"1": [7]}}
+        triton_tuning.save(there, {**made_with, "sources": {}}, {"adaln.k": {"1": [1]}})
         triton_tuning.tuned.cache_clear()
-        assert triton_tuning.tuned() == {"k": {"2": [3]}}
+        assert triton_tuning.tuned() == {"adaln.k": {"2": [3]}}
     finally:
         triton_tuning.tuned.cache_clear()
 

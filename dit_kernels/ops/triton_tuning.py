@@ -26,7 +26,7 @@ from dit_kernels.ops import triton_launch
 Tiles = TypeVar("Tiles", bound=NamedTuple)
 Key = tuple[Hashable, ...]
 
-FORMAT = 1
+FORMAT = 2
 # a file a GPU, which `make report` copies from the committed results
 SHIPPED = Path(__file__).parent.parent / "tuned"
 # kernel -> the candidates of a class, from its key and default
@@ -103,30 +103,38 @@ def version() -> dict[str, Any]:
         "format": FORMAT,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "triton": ".".join(triton.__version__.split(".")[:2]),
-        "source": source(),
+        "sources": sources(),
     }
 
 
 @functools.cache
-def source() -> str:
-    """A hash of every Triton kernel and of how it is launched."""
+def sources() -> dict[str, str]:
+    """op -> a hash of its kernels and of what calls them; lines that are blank or a comment don't count."""
     here = Path(__file__).parent
-    files = sorted([*here.glob("*/*triton*.py"), *here.glob("*/t*.py"), *here.glob("triton_*.py")])
-    code = b"".join(path.read_bytes() for path in dict.fromkeys(files))
-    return hashlib.sha256(code).hexdigest()[:16]
+    found = {}
+    for folder in sorted({path.parent for path in here.glob("*/triton.py")}):
+        files = [here / "triton_rows.py", *sorted(folder.glob("t*.py"))]
+        lines = [line.rstrip() for path in files for line in path.read_text().splitlines()]
+        code = "\n".join(line for line in lines if line and not line.lstrip().startswith("#"))
+        found[folder.name] = hashlib.sha256(code.encode()).hexdigest()[:16]
+    return found
 
 
 def load(path: Path, wanted: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
-    """What a file holds; nothing where it is missing, of another version, or, with a warning, broken."""
+    """What a file holds of kernels that are still what they were when it was made.
+
+    Nothing where it is missing, of another GPU, Triton or format, or, with a warning, broken.
+    """
     try:
         content = json.loads(path.read_text())
-        if content["version"] != wanted:
+        made_with, tiles = content["version"], content["tiles"]
+        if any(made_with[name] != wanted[name] for name in wanted if name != "sources"):
             return {}
-        tiles = content["tiles"]
         for classes in tiles.values():
             for name, values in classes.items():
                 if not isinstance(name, str) or not all(isinstance(v, int | list) for v in values):
                     raise ValueError(f"no tiles: {name}: {values}")
+        ops = {op for op, source in wanted["sources"].items() if made_with["sources"].get(op) == source}  # fmt: skip
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -135,6 +143,7 @@ def load(path: Path, wanted: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
     return {
         kernel: {name: [_tuples(v) for v in values] for name, values in classes.items()}
         for kernel, classes in tiles.items()
+        if kernel.partition(".")[0] in ops
     }
 
 
