@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
@@ -14,7 +15,7 @@ pytest.importorskip("triton")
 
 from benchmarks import audit, offline
 from dit_kernels import backends, ops, testing
-from dit_kernels.ops import triton_launch, triton_tuning
+from dit_kernels.ops import triton_launch, triton_rows, triton_tuning
 from dit_kernels.ops.feed_forward import triton as feed_forward
 
 pytestmark = pytest.mark.skipif(
@@ -96,6 +97,66 @@ def test_gradient_sums_are_small():
     assert forward.grid[0] >= 2048
     assert backward.grid[0] <= 256 * 256 // 64
     assert sums.grid[0] == 256
+
+
+def test_a_launch_goes_to_the_tensors_device(monkeypatch):
+    """Triton launches on the current device; the tensors may stand in a tuple."""
+
+    class Elsewhere(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda", 1)
+
+    current = [0]
+
+    @contextlib.contextmanager
+    def switched(device: torch.device):
+        current[0] = device.index
+        yield
+        current[0] = 0
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: current[0]
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    there = torch.empty(4).as_subclass(Elsewhere)
+    assert triton_launch.launch(Kernel(), (1,), None, there) == 1
+    assert triton_launch.launch(Kernel(), (1,), (there, there), None, 5) == 1
+    assert triton_launch.launch(Kernel(), (1,), torch.empty(4), 5) == 0
+
+
+@pytest.mark.parametrize("setting", ["older", "newer"])
+def test_float32_products_take_tf32_where_torch_does(setting):
+    matmul = torch.backends.cuda.matmul
+    x, weight = torch.empty(1, 2, 64), torch.empty(16, 64)
+    before = matmul.fp32_precision
+    try:
+        for allowed in (True, False):
+            if setting == "older":
+                matmul.allow_tf32 = allowed
+            else:
+                matmul.fp32_precision = "tf32" if allowed else "ieee"
+            with offline.recorded() as launches, torch.no_grad():
+                q = torch.empty(1, 8, 2, 16)
+                ops.attention3d(q, q, q, backend="triton")
+                shift = torch.empty(1, 64)
+                ops.final_layer(x, shift, shift, weight, None, (1, 1, 2), (1, 2, 2), 4, backend="triton")  # fmt: skip
+                ops.patch_embed(torch.empty(1, 4, 2, 4, 4), torch.empty(64, 4, 1, 2, 2), backend="triton")  # fmt: skip
+            assert len(launches) == 3
+            for launch in launches:
+                assert launch._named()["PRECISION"] == ("tf32" if allowed else "ieee"), launch.name
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = before
+
+
+def test_every_group_of_sums_is_on_the_long_axis_of_the_grid():
+    """The others end at 65535: a modulation row for two tokens of a long batch has more."""
+    sums, out = torch.empty(1, 3, 72).expand(70_000, 3, 72), torch.empty(1, 72).expand(70_000, 72)
+    with offline.recorded() as launches:
+        triton_rows.add_rows(sums, out, groups=70_000)
+    assert launches[0].grid == (3 * 70_000,)
 
 
 @pytest.mark.parametrize("target", offline.TARGETS)

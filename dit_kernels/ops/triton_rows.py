@@ -74,8 +74,9 @@ def _add_rows_kernel(  # type: ignore[no-untyped-def]
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    group = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # of one axis: the others of a grid end at 65535
+    group = (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64)
+    cols = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, per_group, BLOCK_P):
         rows = start + tl.arange(0, BLOCK_P)
@@ -94,7 +95,7 @@ def add_rows(sums: Tensor, out: Tensor, groups: int = 1) -> Tensor:
     block = 128 if columns >= 8192 else 32
     triton_launch.launch(
         _add_rows_kernel,
-        (triton.cdiv(columns, block), groups),
+        (triton.cdiv(columns, block) * groups,),
         sums,
         out,
         rows,
