@@ -152,6 +152,24 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
         ("generate|a one|--frames|6", ["frames must be a multiple of 4", "got 6"]),
         ("generate|a one|--size|30", ["height must be a multiple of 4", "got 30"]),
         ("generate|a one|--seed|-1", ["--seed"]),
+        ("generate|a one|--frames|0", ["--frames", "greater than or equal to 1"]),
+        (
+            "generate|a one|a two|--size|400000",
+            ["20,000,000,000 tokens (2 clips of 4 frames of 400000 x 400000) take at least"],
+        ),
+        (
+            "generate|a one|--frames|4000000000",
+            ["16,000,000,000 tokens (a clip of", "GiB of memory; this machine has"],
+        ),
+        ("train|--frames|40000000000", ["pixels (a clip of 40000000000 frames of 32 x 32) take"]),
+        (
+            "train|--batch-size|400000000",
+            ["tokens a step (400000000 clips of 8 frames of 32 x 32) take"],
+        ),
+        (
+            "train|--hidden-size|1000000",
+            ["72,000,000,000,000 parameters (4 blocks of width 1000000)"],
+        ),
         ("generate|a one|--bogus", ["No such option", "--bogus"]),
         ("generate|a one|--device|nowhere", ["--device must be auto, cpu, cuda", "nowhere"]),
         ("generate|a one|--device|cuda:99", ["no cuda:99 here", "dit-kernels info"]),
@@ -188,6 +206,10 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
             ["--time-mean would change nothing", "objective is ddpm"],
         ),
         ("train|--size|48|--small-size|16", ["--small-size would change nothing in a run without"]),
+        (
+            "train-codec|--batch-size|40000000",
+            ["pixels (40000000 clips of 9 frames of 32 x 32) take"],
+        ),
         ("train-codec|--frames|4", ["1 more than a multiple of 2", "got 4"]),
         ("train-codec|--strides|2", ["must be like 1x2x2"]),
         (

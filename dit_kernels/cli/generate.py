@@ -84,8 +84,9 @@ def generate(
         write_contact_sheet,
         write_video,
     )
+    from dit_kernels.video.memory import check_generation
     from dit_kernels.video.model import TextToVideo, pair
-    from dit_kernels.video.sampling import SCHEDULERS, to_frames
+    from dit_kernels.video.sampling import SCHEDULERS, check_patches, to_frames
     from dit_kernels.video.sampling import generate as generate_videos
 
     # Both before time is spent on a video that can't be written.
@@ -98,9 +99,11 @@ def generate(
     model = TextToVideo.load(weights).to(torch_device(device))
     config = model.config
     height_width = config.height_width if size is None else pair(size)
+    length = config.frames if frames is None else frames
+    check_patches(model, model.codec.latent_shape(length, *height_width))
+    check_generation(model, len(prompts), length, height_width, guided=guidance != 1)
     given = None
     if (source := image or video) is not None:
-        length = config.frames if frames is None else frames
         given = given_frames(source, height_width, config.channels, length, image is not None)
     with progress_bar("generating", steps) as advance:
         videos = generate_videos(

@@ -18,6 +18,7 @@ from dit_kernels.video.autoencoder import (
 from dit_kernels.video.checkpoints import read_checkpoint, write_checkpoint
 from dit_kernels.video.codecs import check_size
 from dit_kernels.video.data import ClipsConfig, open_clips
+from dit_kernels.video.memory import check_clips
 from dit_kernels.video.runs import (
     TrainingDiverged,
     learning_rate,
@@ -76,6 +77,7 @@ class CodecTrainer:
         autoencoder = autoencoder or AutoencoderConfig()
         size = (config.size, config.size) if isinstance(config.size, int) else config.size
         check_size(config.frames, *size, *autoencoder.stride)
+        check_clips(config.batch_size, config.frames, size, autoencoder.channels)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             self.model = CausalAutoencoder(autoencoder).to(self.device)

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dit_kernels.video.digits import MovingDigits
+from dit_kernels.video.memory import check_clips
 
 DIGITS = "digits"
 
@@ -43,8 +44,10 @@ def open_clips(
 
     Raises:
         FileNotFoundError: no such folder or CSV.
-        ValueError: sizes or settings that the clips can't have, or no video that can be read.
+        ValueError: sizes or settings that the clips can't have, a clip that can't fit in memory, or no
+            video that can be read.
     """
+    check_clips(1, frames, (size, size) if isinstance(size, int) else size, channels)
     if config.data == DIGITS:
         return MovingDigits(
             frames, size, seed, most_digits=config.most_digits, speeds=config.speeds,

@@ -21,6 +21,7 @@ from dit_kernels.testing import plain_torch
 from dit_kernels.video import ddpm
 from dit_kernels.video.checkpoints import read_checkpoint, write_checkpoint
 from dit_kernels.video.data import Clips, ClipsConfig, open_clips
+from dit_kernels.video.memory import COPIES, FLOAT, check_step, check_weights
 from dit_kernels.video.model import FLOW, ModelConfig, TextToVideo, model_config, pair
 from dit_kernels.video.runs import (
     CHECKPOINT_NAME,
@@ -178,6 +179,8 @@ class Trainer:
                 raise ValueError(
                     f"accumulate must divide the clips of a step; got {config.accumulate} and {size}"
                 )
+        model_config = model_config or ModelConfig()
+        check_weights(model_config.hidden_size, model_config.depth, COPIES)
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             self.model = TextToVideo(model_config).to(self.device)
@@ -191,6 +194,10 @@ class Trainer:
         )
         for phase in wanted:
             self._patches(phase)
+            check_step(
+                self.model, phase.count, config.accumulate, phase.frames, phase.size,
+                2 if self._bf16() else FLOAT,
+            )  # fmt: skip
         self._clips = {phase: self._open(phase) for phase in wanted if phase != usual or not data}
         self.data = self._clips.setdefault(usual, data) if data else self._clips[usual]
 
