@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -382,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks import bench_models
 
         return bench_models.main(arguments[1:])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "dit-kernels bench",
         description="Time every op against eager PyTorch, torch.compile and the best outside kernels.",
         epilog="`dit-kernels bench models` times whole models; see `dit-kernels bench models --help`.",
@@ -449,12 +449,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+class Parser(argparse.ArgumentParser):
+    """One that says what is wrong in a line, as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if float(text) >= 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number of at least 0; got {text!r}")
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, help="folder of the JSON; benchmarks/results/<gpu>, on a CPU runs/bench"
-    )
+        "--out", type=Path,
+        help="folder of the JSON; the repository's benchmarks/results/<gpu>, on a CPU runs/bench here",
+    )  # fmt: skip
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="begin nothing new after so many"
+        "--seconds", type=_seconds, default=float("inf"), help="begin nothing new after so many"
     )
     parser.add_argument(
         "--resume", action="store_true", help="keep what the file has; measure what is missing"
@@ -463,6 +478,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def opened(path: Path, device: str, *, resume: bool) -> tuple[Row, frozenset[tuple[str, ...]]]:
     """A result to be filled, with what in it need not be measured again."""
+    print(f"results go to {path}", flush=True)
     described = machine.describe(device)
     if resume and path.is_file():
         result = json.loads(path.read_text())

@@ -9,7 +9,6 @@ who don't want to wait for minutes. A generation ends at latents, without the de
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench import (
+    Parser,
     Row,
     add_run_options,
     attempted,
@@ -543,7 +543,7 @@ def utilisation(row: Row, ceilings: dict[str, float]) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [model.name for model in MODELS[device]]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "dit-kernels bench models", description="Time whole models: forward, training, generation."
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="of " + ", ".join(names))

@@ -56,12 +56,10 @@ def short(name: str) -> str:
 
 
 def results(device: str) -> Path:
-    """Where runs are written by default: a GPU's are to be committed."""
-    return (
-        ROOT / "benchmarks" / "results" / folder(device)
-        if device == "cuda"
-        else ROOT / "runs" / "bench"
-    )
+    """Where runs are written by default: a GPU's are to be committed, a CPU's stay where one is."""
+    if device == "cuda":
+        return ROOT / "benchmarks" / "results" / folder(device)
+    return Path("runs") / "bench"
 
 
 def ceilings(device: str) -> dict[str, float]:

@@ -139,11 +139,14 @@ def test_a_run_out_of_time_says_what_is_missing(tmp_path, monkeypatch, capsys):
     only(monkeypatch, "eager")
     monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
     monkeypatch.setattr(bench, "_host_cost", lambda wanted: {})
-    code = bench.main(["gelu", "swiglu", "--seconds", "0", "--out", str(tmp_path)])
-    result = json.loads((tmp_path / "ops.json").read_text())
+    monkeypatch.chdir(tmp_path)  # where a CPU's results go, wherever the repository is
+    code = bench.main(["gelu", "swiglu", "--seconds", "0"])
+    result = json.loads((tmp_path / "runs" / "bench" / "ops.json").read_text())
     assert code == 0
     assert (result["rows"], result["unfinished"]) == ([], 4)
-    assert "out of time: 4 not begun" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("results go to runs/bench/ops.json\n")
+    assert "out of time: 4 not begun" in printed
 
 
 def test_sweeps_stay_small_on_a_cpu():
@@ -436,6 +439,33 @@ def test_models_that_now_fill_the_machine_with_another_batch_are_compared_by_the
     )
     (line,) = bench.compare(tmp_path / "a", tmp_path / "c")
     assert line == "none of 1 measured in both moved by more than the runs' spread"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--bogus", "dit-kernels bench: unrecognized arguments: --bogus"),
+        (
+            "--shape tiny",
+            "dit-kernels bench: argument --shape: invalid choice: 'tiny' (choose from",
+        ),
+        (
+            "--seconds -1",
+            "dit-kernels bench: argument --seconds: must be a number of at least 0; got '-1'",
+        ),
+        ("--seconds nan", "must be a number of at least 0; got 'nan'"),
+        ("models --mode fly", "dit-kernels bench models: argument --mode: invalid choice: 'fly'"),
+    ],
+)
+def test_wrong_options_are_one_line_and_exit_code_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        bench.main(arguments.split())
+    assert exit_.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("dit-kernels bench")
+    assert said.err.count("\n") == 1
+    assert message in said.err
 
 
 def test_wrong_words_are_one_line_and_exit_code_2(tmp_path, capsys):
