@@ -12,6 +12,7 @@ from dit_kernels.video.codecs import Identity
 from dit_kernels.video.demo import CAPTIONS, make_demo
 from dit_kernels.video.digits import (
     CAPTION_WORDS,
+    DIRECTIONS,
     MORE_WORDS,
     MovingDigit,
     MovingDigits,
@@ -24,6 +25,7 @@ from dit_kernels.video.evaluation import (
     direction_of,
     score_generated,
     score_real,
+    spread_over,
     watch,
 )
 from dit_kernels.video.model import SHIPPED_WEIGHTS, ModelConfig, TextToVideo
@@ -217,6 +219,27 @@ def test_scores_are_counted():
     score.add(MovingDigit(5, "up"), MovingDigit(5, "down"))
     assert (score.total, score.digits, score.directions) == (3, 2, 2)
     assert score.digits_by_digit == {3: [1, 2], 5: [1, 1]}
+
+
+@pytest.mark.parametrize("count", [1, 4, 8, 20, 40, 100])
+@pytest.mark.parametrize("captions", [unseen_captions(), all_captions()], ids=["unseen", "all"])
+def test_few_videos_are_of_digits_and_directions_evenly(captions, count):
+    chosen = spread_over(captions, count)
+    assert chosen == spread_over(captions, count)
+    if count >= len(captions):
+        assert chosen[: len(captions)] == captions
+        return
+    assert len(set(chosen)) == count
+    asked = [parse_caption(caption) for caption in chosen]
+    for kinds, uneven in ((range(10), 1), (DIRECTIONS, 2)):
+        counts = [sum(kind in (m.digit, m.direction) for m in asked) for kind in kinds]
+        assert max(counts) - min(counts) <= uneven, counts
+    assert len({(m.digit, m.direction) for m in asked}) == min(count, 40)
+
+
+def test_320_videos_go_round_the_prompts_in_their_order():
+    captions = unseen_captions()
+    assert spread_over(captions, 320) == (2 * captions)[:320]
 
 
 # `dit-kernels evaluate` asks for 90% of 320 videos in 30 steps; few videos in few steps scatter more.

@@ -202,7 +202,19 @@ def evaluate(
 
     if markdown is not None and json is None:
         raise ValueError("--markdown writes what is in --json: give both")
+    # before time is spent on figures that can't be written
+    if json is not None:
+        evaluation.check_writable(json)
+        evaluation.read_figures(json)
+    if markdown is not None:
+        evaluation.check_writable(markdown)
+        evaluation.table_place(markdown)
     model = TextToVideo.load(weights).to(torch_device(device))
+    if model.data != "digits":
+        raise ValueError(
+            f"{weights} was trained with --data {model.data}; evaluate asks for moving digits, and can"
+            " judge no other videos"
+        )
     sizes = model.config
     name = name or ("shipped model" if weights is None else str(weights))
     asked = {name: all_captions()}

@@ -12,6 +12,8 @@ import functools
 import json
 import math
 import re
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,27 @@ def watch(video: torch.Tensor) -> MovingDigit:
     return MovingDigit(digit_reader().read(ink), direction)
 
 
+def spread_over(captions: Sequence[str], count: int) -> list[str]:
+    """Count captions: round and round, or of fewer than there are always the same ones, each taken so
+    that its pair of digit and direction, then its digit, then its direction is one asked least yet."""
+    if count >= len(captions):
+        return [captions[i % len(captions)] for i in range(count)]
+    used: Counter[object] = Counter()
+    left = [captions[i] for i in np.random.default_rng(0).permutation(len(captions))]
+    chosen = []
+    for _ in range(count):
+        _, i = min((tuple(used[one] for one in _asked(c)), i) for i, c in enumerate(left))
+        chosen.append(left.pop(i))
+        used.update(_asked(chosen[-1]))
+    return chosen
+
+
+def _asked(caption: str) -> tuple[tuple[int, str], int, str]:
+    """Pair, digit and direction of a caption."""
+    moving = parse_caption(caption)
+    return (moving.digit, moving.direction), moving.digit, moving.direction
+
+
 def score_generated(
     model: TextToVideo,
     captions: Sequence[str],
@@ -141,8 +164,8 @@ def score_generated(
     batch_size: int = 40,
     on_videos: Callable[[int], None] = lambda count: None,
 ) -> Score:
-    """Generate count videos, going round the captions, and watch them."""
-    asked = [captions[i % len(captions)] for i in range(count)]
+    """Generate count videos, of captions that `spread_over` takes, and watch them."""
+    asked = spread_over(captions, count)
     score = Score()
     for first in range(0, count, batch_size):
         some = asked[first : first + batch_size]
@@ -196,18 +219,44 @@ def write_figures(
         ValueError: the file is there, and holds something else.
     """
     path = Path(path)
-    try:
-        figures = json.loads(path.read_text()) if path.is_file() else {}
-        figures[name] = {
-            "settings": settings,
-            "rows": {row: dataclasses.asdict(score) for row, score in rows.items()},
-        }
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} holds no figures of `dit-kernels evaluate`: {error}") from error
+    figures = read_figures(path)
+    figures[name] = {
+        "settings": settings,
+        "rows": {row: dataclasses.asdict(score) for row, score in rows.items()},
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
     return figures
+
+
+def read_figures(path: str | Path) -> dict[str, Any]:
+    """What `write_figures` wrote; nothing of a file that is not there.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    path = Path(path)
+    try:
+        figures = json.loads(path.read_text()) if path.is_file() else {}
+        if not all("rows" in model for model in figures.values()):
+            raise ValueError("there are models without rows")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no figures of `dit-kernels evaluate`: {error}") from error
+    return figures
+
+
+def check_writable(path: str | Path) -> None:
+    """A file can be written there, or replaced; its folder is made.
+
+    Raises:
+        OSError: it can't.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; a file is to be written there")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def table_of(figures: dict[str, Any]) -> str:
@@ -224,12 +273,24 @@ def table_of(figures: dict[str, Any]) -> str:
 
 def write_table(path: str | Path, figures: dict[str, Any]) -> None:
     """Write the table to a page: between the two lines that mark its place, or as the whole page."""
-    path = Path(path)
-    begin, end = TABLE
-    page = path.read_text() if path.is_file() else f"{begin}\n{end}\n"
-    place = re.compile(f"(?<={re.escape(begin)}\n).*?(?={re.escape(end)})", re.DOTALL)
-    if not place.search(page):
-        raise ValueError(f"{path} has no place for the table: the lines {begin} and {end}")
-    page = place.sub(lambda _: table_of(figures) + "\n", page)
+    page = table_place(path).sub(lambda _: table_of(figures) + "\n", _page(path))
     with atomic_path(path) as temporary:
         temporary.write_text(page)
+
+
+def table_place(path: str | Path) -> re.Pattern[str]:
+    """What finds the place for the table in a page.
+
+    Raises:
+        ValueError: the page has none.
+    """
+    begin, end = TABLE
+    place = re.compile(f"(?<={re.escape(begin)}\n).*?(?={re.escape(end)})", re.DOTALL)
+    if not place.search(_page(path)):
+        raise ValueError(f"{path} has no place for the table: the lines {begin} and {end}")
+    return place
+
+
+def _page(path: str | Path) -> str:
+    begin, end = TABLE
+    return Path(path).read_text() if Path(path).is_file() else f"{begin}\n{end}\n"

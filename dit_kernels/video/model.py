@@ -77,7 +77,8 @@ class TextToVideo(nn.Module):
         ValueError: values that don't go together, or a codec other than the one trained with.
     """
 
-    # what was held out from its training: pairs of a digit and a direction, wordings
+    # what it was trained on, and what of it was held out: pairs of a digit and a direction, wordings
+    data = "digits"
     hold_out = False
     wordings = False
 
@@ -220,6 +221,7 @@ class TextToVideo(nn.Module):
         model.load_state_dict(tensors)
         trained_with = settings.get("training") or settings.get("trained_with") or {}
         clips = trained_with.get("clips", {})
+        model.data = clips.get("data", "digits")
         model.hold_out = clips.get("hold_out", False)
         model.wordings = clips.get("wordings", False)
         return model.eval()
