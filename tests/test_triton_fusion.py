@@ -247,3 +247,39 @@ def test_a_repeated_call_skips_tritons_argument_handling(monkeypatch, case):
     assert len(handled) == 1
     # grid, stream, binary, its metadata, three for profilers; then every argument, constants too
     assert repeated == [9 + handled[0]] * 2
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_plan_passes_what_triton_would(monkeypatch, name):
+    """The second call skips Triton's argument handling; the driver gets the same arguments in the same order."""
+
+    class Driver(offline.Driver):
+        def __init__(self, target: str) -> None:
+            super().__init__(target)
+            self.device = 99  # for which nothing has been compiled
+
+    passed: list[tuple[Any, ...]] = []
+    binary = SimpleNamespace(
+        run=lambda *args: passed.append(args), function=7, packed_metadata=(4, 1, 0),
+        launch_metadata=lambda *args: None,
+    )  # fmt: skip
+    monkeypatch.setattr(offline, "Driver", Driver)
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda self, *args: binary)
+    case = EXAMPLES[name]
+    given = {t.data_ptr() for t in case.kwargs.values() if isinstance(t, Tensor)}
+
+    def seen(argument: Any) -> Any:
+        if not isinstance(argument, Tensor):
+            return type(argument), argument
+        address = argument.data_ptr()
+        return argument.shape, argument.stride(), argument.dtype, given & {address}
+
+    with offline.launched(), torch.no_grad():
+        for _ in range(2):
+            getattr(ops, case.function)(**case.kwargs, backend="triton")
+    by_triton, by_plan = passed
+    assert (
+        by_plan[:6] == by_triton[:6]
+    )  # grid, stream, binary, its metadata; then three for profilers
+    assert by_plan[6:9] == (None, None, None)
+    assert [seen(a) for a in by_plan[9:]] == [seen(a) for a in by_triton[9:]]
