@@ -220,6 +220,15 @@ def test_mixed_dtypes(dtypes, rounding, rows):
     assert {vectors > 0 for vectors, _ in rows} == {dtypes[0] == "fp32"}
 
 
+@pytest.mark.parametrize("dtypes", list(itertools.permutations(DTYPES, 2)), ids="-".join)
+@pytest.mark.parametrize("function", ["gated_residual", "gated_adaln"])
+def test_gradient_of_a_branch_of_another_dtype_that_is_not_read(function, dtypes):
+    """With no gate, d(branch) is all that has the branch's dtype."""
+    one, other = (DTYPES[d] for d in dtypes)
+    check(function, dict(
+        residual=randn(2, 6, 40, dtype=one), branch=randn(2, 6, 40, dtype=other)))  # fmt: skip
+
+
 @pytest.mark.parametrize("rounding", ["once", "eager"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_float32_modulation_of_16_bit_rows(dtype, rounding, rows):

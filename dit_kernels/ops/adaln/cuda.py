@@ -359,8 +359,10 @@ def _backward_plan(
     rows = [named[name] for name in ("gate", "scale", "scale2")]
     extra = dy2 is not None or branch_rms or any(v is not None for v in read[3:])
     extra = extra or bool(wanted & {"weight", "bias"})
-    vector_rows = _vector_rows(like, (dout, dy, dy2, stream), branch, rows, read)
     size = like.element_size()
+    # d(branch) has the branch's dtype, also where the branch itself is not read
+    writable = x.dtype == like.dtype or size == 4 or "x" not in wanted
+    vector_rows = writable and _vector_rows(like, (dout, dy, dy2, stream), branch, rows, read)
     row = _row(channels, size, None if not vector_rows else _BACKWARD_EXTRA if extra else _BACKWARD)
     held = sum(t is not None for t in (dout, dy, dy2, stream, branch))
     sums = 5 * (4 // size) if extra else 0
