@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +28,13 @@ MODELS = [
 ]
 
 
+@functools.cache
+def examples(dtype: torch.dtype) -> dict[str, testing.Case]:
+    return {case.id: case for case in testing.cases(dtype, "cuda")}
+
+
 def example(name: str, dtype: torch.dtype) -> testing.Case:
-    return next(case for case in testing.cases(dtype, "cuda") if case.id == name)
+    return examples(dtype)[name]
 
 
 def who_serves(case: testing.Case, backend: str) -> str:

@@ -5,6 +5,8 @@ No oracle runs here, so that the watched program is short; `test_kernels` compar
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -19,9 +21,15 @@ CASES = [
 ]
 
 
+@functools.cache
+def examples() -> dict[str, testing.Case]:
+    """Made once: under the tools each tensor takes its time."""
+    return {case.id: case for case in testing.cases(torch.bfloat16, "cuda")}
+
+
 @pytest.mark.parametrize(("name", "backend"), CASES, ids=lambda value: value)
 def test_runs(name, backend):
-    case = next(c for c in testing.cases(torch.bfloat16, "cuda") if c.id == name)
+    case = examples()[name]
     assert backends.unavailable(backend) is None, backends.unavailable(backend)
     try:
         found = testing.run(case.function, case.kwargs, backend=backend).all()
