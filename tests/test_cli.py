@@ -174,6 +174,10 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
         ("generate|a one|--device|nowhere", ["--device must be auto, cpu, cuda", "nowhere"]),
         ("generate|a one|--device|cuda:99", ["no cuda:99 here", "dit-kernels info"]),
         ("generate|a one|--weights|none", ["no checkpoint at none"]),
+        (
+            "generate|a one|--weights|.",
+            ["no model.safetensors and no checkpoint.safetensors in the"],
+        ),
         ("generate|a one|--weights|a-file", ["a-file is not a checkpoint"]),
         ("generate|a one|--out|a-file/x.mp4", ["a-file"]),
         ("train|--out|a-file", ["a-file"]),
@@ -278,8 +282,16 @@ def test_train_then_resume_then_generate(run, tmp_path):
     other = run("train", "--out", "r", "--resume", "--digits", 2)
     assert_one_line(other, "--digits 2 differs from 1")
 
-    made = run("generate", PROMPT, "--steps", 1, "--weights", "r/checkpoint.safetensors")
-    assert made.out == "video.mp4\n"
+    files = "r/checkpoint.safetensors", "r/model.safetensors", "r"
+    pictures = []
+    for file in files:
+        made = run("generate", PROMPT, "--steps", 1, "--weights", file, "--out", "x.png")
+        assert made.out == "x.png\n"
+        pictures.append((tmp_path / "x.png").read_bytes())
+    assert pictures[2] == pictures[1]
+    (tmp_path / "r" / "model.safetensors").unlink()
+    assert run("generate", PROMPT, "--steps", 1, "--weights", "r", "--out", "x.png").code == 0
+    assert (tmp_path / "x.png").read_bytes() == pictures[0]
 
 
 def test_train_resumes_to_the_weights_of_an_unbroken_run(run, tmp_path):
@@ -412,6 +424,16 @@ def test_info_names_each_backend_with_its_reason(run):
     assert torch.__version__.partition("+")[0] in result.out
     for backend in backends.report():
         assert backend.name in result.out
+    assert "DIT_KERNELS_BACKEND" not in result.out
+
+
+@pytest.mark.parametrize("command", [["info"], ["check"], ["check", "--diffusers"]])
+def test_a_backend_that_there_is_none_of_is_named(run, monkeypatch, command):
+    monkeypatch.setenv("DIT_KERNELS_BACKEND", "foo")
+    assert_one_line(run(*command), "DIT_KERNELS_BACKEND: backend must be one of auto,", "got 'foo'")
+    monkeypatch.setenv("DIT_KERNELS_BACKEND", "reference")
+    if command == ["info"]:
+        assert re.search(r"DIT_KERNELS_BACKEND\W+reference", run("info").out)
 
 
 @pytest.mark.parametrize("error", [1e-3, 3e-3])
@@ -446,7 +468,7 @@ def test_train_codec_then_train_in_its_latents(run, tmp_path):
     assert run("train-codec", "--out", "c", "--resume").code == 0
 
     model = ["--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--patch-size", "1x2x2"]
-    command = ["train", "--out", "m", "--codec", "c/codec.safetensors", "--given-share", 0.5]
+    command = ["train", "--out", "m", "--codec", "c", "--given-share", 0.5]
     trained = run(*command, *small, *model, "--frames", 5)
     assert trained.code == 0, trained.err
     weights = "m/model.safetensors"

@@ -65,7 +65,7 @@ Device = Annotated[
 Weights = Annotated[
     Path | None,
     typer.Option(
-        help="A model.safetensors or checkpoint.safetensors of `dit-kernels train`. "
+        help="A model.safetensors or checkpoint.safetensors of `dit-kernels train`, or its folder. "
         "By default the model that ships with the package."
     ),
 ]

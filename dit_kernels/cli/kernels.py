@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -28,6 +29,7 @@ def info() -> None:
 
     from dit_kernels import backends
 
+    asked = asked_backend(backends)
     versions = Table("", "version", show_edge=False)
     versions.add_row("python", sys.version.split()[0])
     for package in ("dit-kernels", "torch", "triton", "diffusers"):
@@ -45,6 +47,8 @@ def info() -> None:
             )
     else:
         versions.add_row("GPU", "none that torch can use")
+    if asked:
+        versions.add_row("DIT_KERNELS_BACKEND", asked)
     output.print(versions)
     output.print()
     table = Table("backend", "here", "why not", "what to type", show_edge=False)
@@ -83,6 +87,9 @@ def check(
     * `TRITON_INTERPRET=1 dit-kernels check` runs Triton's kernels too, without a GPU
     * `dit-kernels check --diffusers` compares Wan, CogVideoX, LTX, Flux and SD3.5 with themselves
     """
+    from dit_kernels import backends
+
+    asked_backend(backends)
     if diffusers:
         from dit_kernels.cli.patched import check_pipelines
 
@@ -145,3 +152,15 @@ def bench(context: typer.Context) -> None:
     from benchmarks import bench as suite
 
     raise typer.Exit(suite.main(context.args))
+
+
+def asked_backend(backends: Any) -> str:
+    """What DIT_KERNELS_BACKEND says, or nothing.
+
+    Raises:
+        ValueError: it names no backend.
+    """
+    name = os.environ.get("DIT_KERNELS_BACKEND", "")
+    if name:
+        backends.check_name("DIT_KERNELS_BACKEND", name)
+    return name

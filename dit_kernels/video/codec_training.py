@@ -16,7 +16,7 @@ from dit_kernels.video.autoencoder import (
     autoencoder_loss,
 )
 from dit_kernels.video.checkpoints import read_checkpoint, write_checkpoint
-from dit_kernels.video.codecs import check_size
+from dit_kernels.video.codecs import CODEC_NAME, check_size
 from dit_kernels.video.data import ClipsConfig, open_clips
 from dit_kernels.video.memory import check_clips
 from dit_kernels.video.runs import (
@@ -28,8 +28,6 @@ from dit_kernels.video.runs import (
     random_generator,
     settings_of,
 )
-
-CODEC_NAME = "codec.safetensors"
 
 # Clips that the result is measured with, past all that training could ask for.
 MEASURED = range(1_000_000_000, 1_000_000_128)

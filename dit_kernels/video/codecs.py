@@ -189,6 +189,9 @@ class DiffusersCodec(Frozen):
         return module.decode(latents.to(dtype)).sample
 
 
+CODEC_NAME = "codec.safetensors"  # what `dit-kernels train-codec` makes, in its folder
+
+
 def open_codec(name: str, channels: int) -> Codec:
     """The codec of a name: see the top of this file.
 
@@ -199,6 +202,8 @@ def open_codec(name: str, channels: int) -> Codec:
     if name == IDENTITY:
         return Identity(channels)
     path = SHIPPED_CODEC if name == CAUSAL else Path(name)
+    if (path / CODEC_NAME).is_file():
+        path /= CODEC_NAME
     if path.is_dir() and (path / "config.json").is_file():
         return DiffusersCodec(path, channels)
     if not path.is_file():

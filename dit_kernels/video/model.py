@@ -19,12 +19,14 @@ from dit_kernels.video import ddpm
 from dit_kernels.video.checkpoints import read_checkpoint, write_checkpoint
 from dit_kernels.video.codecs import IDENTITY, open_codec
 from dit_kernels.video.digits import CAPTION_WORDS
+from dit_kernels.video.runs import CHECKPOINT_NAME
 from dit_kernels.video.text import PretrainedText, TextEncoder, WordTokenizer
 
 FLOW, DDPM = "flow", "ddpm"
 OBJECTIVES = (FLOW, DDPM)
 WORDS = "words"
 
+MODEL_NAME = "model.safetensors"  # what a run makes, in its folder
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "moving_digits.safetensors"
 
 
@@ -200,14 +202,17 @@ class TextToVideo(nn.Module):
         """A model for sampling, in float32 and evaluation mode.
 
         Args:
-            path: a file of `save`, or a training checkpoint, whose averaged weights are taken;
-                None is the model that ships with the package.
+            path: a file of `save`, or a training checkpoint, whose averaged weights are taken; the
+                folder of a run, for the model in it, or else the checkpoint; None is the model that
+                ships with the package.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file, or none in the folder.
             ValueError: a file of something else.
         """
         path = SHIPPED_WEIGHTS if path is None else Path(path)
+        if path.is_dir():
+            path = weights_in(path)
         tensors, settings = read_checkpoint(path)
         if "model" not in settings:
             raise ValueError(f"{path} has no text-to-video model in it")
@@ -225,6 +230,20 @@ class TextToVideo(nn.Module):
         model.hold_out = clips.get("hold_out", False)
         model.wordings = clips.get("wordings", False)
         return model.eval()
+
+
+def weights_in(folder: Path) -> Path:
+    """The file with a run's weights.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for name in (MODEL_NAME, CHECKPOINT_NAME):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(
+        f"no {MODEL_NAME} and no {CHECKPOINT_NAME} in the folder {folder}: it is none of `dit-kernels train`"
+    )
 
 
 def model_config(settings: dict[str, Any]) -> ModelConfig:

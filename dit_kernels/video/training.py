@@ -22,7 +22,14 @@ from dit_kernels.video import ddpm
 from dit_kernels.video.checkpoints import read_checkpoint, write_checkpoint
 from dit_kernels.video.data import Clips, ClipsConfig, open_clips
 from dit_kernels.video.memory import COPIES, FLOAT, check_step, check_weights
-from dit_kernels.video.model import FLOW, ModelConfig, TextToVideo, model_config, pair
+from dit_kernels.video.model import (
+    FLOW,
+    MODEL_NAME,
+    ModelConfig,
+    TextToVideo,
+    model_config,
+    pair,
+)
 from dit_kernels.video.runs import (
     CHECKPOINT_NAME,
     TrainingDiverged,
@@ -48,8 +55,6 @@ __all__ = [
     "make_optimizers",
     "train",
 ]
-
-MODEL_NAME = "model.safetensors"
 
 # The velocity's loss divides by t^2; below this t that would let a few clips outweigh a batch.
 SMALLEST_TIME = 0.1
