@@ -80,7 +80,7 @@ def assert_one_line(result, *parts):
         assert part in result.err
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=["nothing", "help"])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=["nothing", "help", "h"])
 def test_help_teaches(run, arguments):
     result = run(*arguments)
     assert result.code == 0
@@ -90,10 +90,17 @@ def test_help_teaches(run, arguments):
         assert command in result.out
 
 
+def test_version(run):
+    result = run("--version")
+    assert (result.code, result.err) == (0, "")
+    assert re.fullmatch(r"dit-kernels \d+\.\d+\.\d+\S*\n", result.out)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_examples_in_its_help(run, command):
     result = run(command, "--help")
     assert result.code == 0
+    assert run(command, "-h").out == result.out
     assert "Example" in result.out
     assert f"dit-kernels {command}" in result.out
 
@@ -132,6 +139,28 @@ def test_generate_puts_all_prompts_in_one_png(run, weights, tmp_path):
         assert sheet.width == 6 + 8 * (96 + 6)
 
 
+def test_an_empty_prompt_leaves_the_choice_to_the_model(run, weights, tmp_path):
+    result = run("generate", PROMPT, "", "?!", "--weights", weights, "--steps", 1, "--out", "x.gif")
+    assert result.code == 0
+    assert result.err == "".join(
+        f"prompt {i} has no words: the model chooses what it shows\n" for i in (2, 3)
+    )
+    assert result.out.split()[1:] == ["x-2-unconditional.gif", "x-3-unconditional.gif"]
+
+
+def test_a_message_names_options_and_leaves_paths_alone():
+    message = (
+        "DiT: text_mode is not in runs/text_mode/a.b, ./text_mode or my-text_mode; num_heads. Or "
+    )
+    expected = (
+        "--text-mode is not in runs/text_mode/a.b, ./text_mode or my-text_mode; --num-heads. Or "
+    )
+    assert cli.console.in_options(message, ["train", "--out", "x"]) == expected
+    assert cli.console.in_options("size must be 1", ["generate"]) == "--size must be 1"
+    assert cli.console.in_options("size must be 1", ["info"]) == "size must be 1"
+    assert cli.console.in_options("a num_heads", ["--nothing"]) == "a num_heads"
+
+
 def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         options = ["--weights", weights, "--steps", 1, "--seed", seed, "--out", f"{name}.png"]
@@ -149,7 +178,7 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
         ("generate|a one|--out|x.avi", [".mp4, .gif, .png", "x.avi"]),
         ("generate|a one|--steps|0", ["--steps", "greater than or equal to 1"]),
         ("generate|a one|--steps|many", ["--steps", "integer"]),
-        ("generate|a one|--frames|6", ["frames must be a multiple of 4", "got 6"]),
+        ("generate|a one|--frames|6", ["--frames must be a multiple of 4", "got 6"]),
         ("generate|a one|--size|30", ["height must be a multiple of 4", "got 30"]),
         ("generate|a one|--seed|-1", ["--seed"]),
         ("generate|a one|--frames|0", ["--frames", "greater than or equal to 1"]),
@@ -171,6 +200,7 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
             ["72,000,000,000,000 parameters (4 blocks of width 1000000)"],
         ),
         ("generate|a one|--bogus", ["No such option", "--bogus"]),
+        ("generate|a one|--sceduler|ddim", ["No such option: --sceduler", "--scheduler"]),
         ("generate|a one|--device|nowhere", ["--device must be auto, cpu, cuda", "nowhere"]),
         ("generate|a one|--device|cuda:99", ["no cuda:99 here", "dit-kernels info"]),
         ("generate|a one|--weights|none", ["no checkpoint at none"]),
@@ -181,19 +211,22 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
         ("generate|a one|--weights|a-file", ["a-file is not a checkpoint"]),
         ("generate|a one|--out|a-file/x.mp4", ["a-file"]),
         ("train|--out|a-file", ["a-file"]),
-        ("train|--size|12", ["size must be at least 14"]),
+        ("train|--size|12", ["--size must be at least 14"]),
         ("train|--size|18", ["(4, 4, 4)", "18"]),
         ("train|--steps|0", ["--steps"]),
+        ("train|--num-heads|3", [": --num-heads must divide --hidden-size; got 3 and 128"]),
+        ("train|--small-steps|2|--small-size|12", [": small clips: size must be at least 14"]),
+        ("train|--time-mean|nan", ["--time-mean must be a finite number; got nan"]),
         ("train|--size|ten", ["--size", "must be like 32, or 32x48"]),
         ("train|--patch-size|2x2", ["--patch-size", "must be like 1x2x2"]),
         ("train|--codec|nowhere", ["no codec at nowhere", "identity, causal"]),
         ("train|--codec|a-file", ["a-file is not a checkpoint"]),
         ("train|--codec|causal|--frames|8", ["1 more than a multiple of 2", "such as 9", "got 8"]),
         ("train|--text-encoder|nowhere", ["no text encoder at nowhere"]),
-        ("train|--text-mode|loud", ["text_mode must be one of", "loud"]),
-        ("train|--objective|gan", ["objective must be one of flow, ddpm", "gan"]),
+        ("train|--text-mode|loud", ["dit-kernels: --text-mode must be one of", "loud"]),
+        ("train|--objective|gan", ["--objective must be one of flow, ddpm", "gan"]),
         ("train|--optimizer|sgd", ["optimizer must be one of muon, adamw", "sgd"]),
-        ("train|--accumulate|3", ["accumulate must divide", "3 and 32"]),
+        ("train|--accumulate|3", ["--accumulate must divide", "3 and 32"]),
         ("train|--data|nowhere", ["no folder of videos, and no CSV, at nowhere"]),
         ("train|--data|.", ["no video in . can be used"]),
         ("train|--data|a-file", ["a CSV with the columns video and caption"]),

@@ -7,6 +7,7 @@ so that --help is quick.
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -38,12 +39,27 @@ def main() -> None:
         where = f": {error.filename}" if error.filename else ""
         code = console.fail(f"{error.strerror or error}{where if error.strerror else ''}")
     except (ValueError, RuntimeError) as error:
-        code = console.fail(str(error))
+        code = console.fail(console.in_options(str(error), sys.argv[1:]))
     sys.exit(code or 0)
 
 
+def show_version(wanted: bool) -> None:
+    """Print the package's version, and end."""
+    if wanted:
+        from dit_kernels import __version__
+
+        print(f"dit-kernels {__version__}")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
-def start(context: typer.Context) -> None:
+def start(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
     """Fused kernels for Diffusion Transformers, and a small text-to-video model built on them.
 
     Start here:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,10 @@ EXTRAS = {
     "sklearn": "train", "tensorboard": "train", "matplotlib": "train",
 }  # fmt: skip
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)  # fmt: skip
 output = Console()
 progress_output = Console(stderr=True)
 
@@ -37,6 +41,24 @@ def fail(message: str) -> int:
     """Say what was wrong on one line of stderr; the exit code that goes with it."""
     print("dit-kernels: " + " ".join(message.split()), file=sys.stderr)
     return 2
+
+
+def in_options(message: str, arguments: list[str]) -> str:
+    """The library's message with its names of settings as the options of the command that was typed:
+    `num_heads must divide hidden_size` says `--num-heads must divide --hidden-size`."""
+    group: Any = typer.main.get_command(app)
+    command = next((group.commands[word] for word in arguments if word in group.commands), None)
+    message = message.removeprefix("DiT: ")
+    for parameter in command.params if command else ():
+        option = next((name for name in parameter.opts if name.startswith("--")), None)
+        if option is None:
+            continue
+        if "_" in parameter.name:  # no other word, and no part of a path
+            name = rf"(?<![\w./-]){parameter.name}(?![\w/-]|\.\w)"
+            message = re.sub(name, option, message)
+        elif message.startswith(f"{parameter.name} must "):
+            message = option + message.removeprefix(parameter.name)
+    return message
 
 
 def parse_size(value: Any) -> int | tuple[int, int]:

@@ -19,6 +19,7 @@ from dit_kernels.cli.console import (
     app,
     output,
     progress_bar,
+    progress_output,
     torch_device,
 )
 
@@ -37,7 +38,7 @@ def generate(
             help="What to show, in the words the model was trained with. For the shipped model: "
             '"a DIGIT moving DIRECTION", where DIGIT is a word, zero to nine, and DIRECTION left, '
             'right, up or down; or in other wordings, "the digit two drifting to the left". '
-            "Several prompts give several videos.",
+            'Several prompts give several videos; an empty one, "", leaves the choice to the model.',
         ),
     ],
     out: Annotated[
@@ -88,6 +89,7 @@ def generate(
     from dit_kernels.video.model import TextToVideo, pair
     from dit_kernels.video.sampling import SCHEDULERS, check_patches, to_frames
     from dit_kernels.video.sampling import generate as generate_videos
+    from dit_kernels.video.text import words_of
 
     # Both before time is spent on a video that can't be written.
     extension = check_extension(out)
@@ -99,6 +101,11 @@ def generate(
     model = TextToVideo.load(weights).to(torch_device(device))
     config = model.config
     height_width = config.height_width if size is None else pair(size)
+    for i, prompt in enumerate(prompts, start=1):
+        if not words_of(prompt):
+            progress_output.print(
+                f"prompt {i} has no words: the model chooses what it shows", highlight=False
+            )
     length = config.frames if frames is None else frames
     check_patches(model, model.codec.latent_shape(length, *height_width))
     check_generation(model, len(prompts), length, height_width, guided=guidance != 1)

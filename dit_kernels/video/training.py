@@ -173,6 +173,9 @@ class Trainer:
         self.device = torch.device(device)
         self.step_number = 0
         self.losses: list[float] = []
+        for name in ("learning_rate", "time_mean"):
+            if not math.isfinite(value := getattr(config, name)):
+                raise ValueError(f"{name} must be a finite number; got {value}")
         if config.vary_every != 0 and config.vary_every < 3:
             raise ValueError(f"vary_every must be 0, or at least 3; got {config.vary_every}")
         for size in (
@@ -197,13 +200,20 @@ class Trainer:
             + [longer, larger] * bool(config.vary_every)
             + [small] * bool(config.small_steps)
         )
+        kinds = {longer: "clips twice as long: ", larger: "clips half as large again: "}
+        kinds |= {small: "small clips: ", usual: ""}
+        self._clips: dict[Phase, Clips] = {}
         for phase in wanted:
-            self._patches(phase)
-            check_step(
-                self.model, phase.count, config.accumulate, phase.frames, phase.size,
-                2 if self._bf16() else FLOAT,
-            )  # fmt: skip
-        self._clips = {phase: self._open(phase) for phase in wanted if phase != usual or not data}
+            try:
+                self._patches(phase)
+                check_step(
+                    self.model, phase.count, config.accumulate, phase.frames, phase.size,
+                    2 if self._bf16() else FLOAT,
+                )  # fmt: skip
+                if phase != usual or not data:
+                    self._clips[phase] = self._open(phase)
+            except ValueError as error:
+                raise ValueError(f"{kinds[phase]}{error}") from error
         self.data = self._clips.setdefault(usual, data) if data else self._clips[usual]
 
     def _phases(self) -> list[Phase]:
