@@ -216,6 +216,10 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
         ("train|--steps|0", ["--steps"]),
         ("train|--num-heads|3", [": --num-heads must divide --hidden-size; got 3 and 128"]),
         ("train|--small-steps|2|--small-size|12", [": small clips: size must be at least 14"]),
+        (
+            "train|--vary-every|4|--size|20",
+            [": clips half as large again: the patch (4, 4, 4) must"],
+        ),
         ("train|--time-mean|nan", ["--time-mean must be a finite number; got nan"]),
         ("train|--size|ten", ["--size", "must be like 32, or 32x48"]),
         ("train|--patch-size|2x2", ["--patch-size", "must be like 1x2x2"]),
@@ -599,6 +603,7 @@ def test_evaluate_writes_its_figures_and_their_table(run, weights, tmp_path):
         (["--json", "list"], "list holds no figures of `dit-kernels evaluate`"),
         (["--json", "page/x.json"], "File exists: page"),
         (["--json", "."], ". is a folder; a file is to be written there"),
+        (["--json", "/proc/x.json"], "nothing can be written to /proc\n"),
     ],
 )
 def test_evaluate_makes_no_videos_that_it_could_not_write_about(

@@ -48,7 +48,7 @@ def in_options(message: str, arguments: list[str]) -> str:
     `num_heads must divide hidden_size` says `--num-heads must divide --hidden-size`."""
     group: Any = typer.main.get_command(app)
     command = next((group.commands[word] for word in arguments if word in group.commands), None)
-    message = message.removeprefix("DiT: ")
+    message = message.replace("DiT: ", "")
     for parameter in command.params if command else ():
         option = next((name for name in parameter.opts if name.startswith("--")), None)
         if option is None:

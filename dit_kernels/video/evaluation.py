@@ -256,7 +256,10 @@ def check_writable(path: str | Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; a file is to be written there")
     path.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path.parent).close()
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:  # it names the temporary file
+        raise OSError(error.errno, f"nothing can be written to {path.parent}") from error
 
 
 def table_of(figures: dict[str, Any]) -> str:
