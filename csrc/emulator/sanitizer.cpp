@@ -4,12 +4,7 @@
 #include <cstring>
 #include <string>
 
-#include "runtime.h"
-
-namespace emulator {
-void access(const void* address, size_t bytes, size_t alignment, bool write, const void* code);
-void fail_at(const std::string& message, const void* code);
-}  // namespace emulator
+#include "execution.h"
 
 using emulator::access;
 

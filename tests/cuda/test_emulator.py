@@ -14,7 +14,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 # in CMakeLists.txt's order: of an inline function in two objects the linker takes the first
-SOURCES = ("csrc/emulator/runtime.cpp", "csrc/emulator/sanitizer.cpp", "tests/cuda/toys.cu")
+EMULATOR = ("runtime", "memory", "operations", "sanitizer")
+SOURCES = (*(f"csrc/emulator/{name}.cpp" for name in EMULATOR), "tests/cuda/toys.cu")
 
 
 @pytest.fixture(scope="session")
@@ -261,7 +262,7 @@ def test_an_error_names_its_line(run):
         pytest.skip("addr2line comes with binutils, which this machine lacks")
     error = run("reverses<false>", IN, out=zeros(64))
     line = int(re.search(r"at toys\.cu:(\d+)", error)[1])
-    text = (ROOT / SOURCES[2]).read_text().splitlines()[line - 1]
+    text = (ROOT / SOURCES[-1]).read_text().splitlines()[line - 1]
     assert "tile[" in text
 
 

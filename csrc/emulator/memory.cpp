@@ -1,0 +1,183 @@
+// What is checked of every access of a kernel: bounds, alignment, races on shared memory, copies in flight.
+#include <link.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "execution.h"
+
+namespace emulator {
+namespace {
+
+uintptr_t image_begin, image_end;  // this library: constants of a kernel lie in it
+thread_local char tls_anchor;      // in the same thread-local block as every `__shared__` variable
+
+void drop_shadow(Shared& shared) {
+  if (shared.shadow) munmap(shared.shadow, ((shared.end - shared.begin) / GRANULE + 1) * sizeof(Granule));
+  shared = {};
+}
+
+int find_image(dl_phdr_info* info, size_t, void* result) {
+  const auto here = reinterpret_cast<uintptr_t>(&find_image);
+  bool ours = false;
+  uintptr_t low = UINTPTR_MAX, high = 0;
+  size_t tls = 0;
+  for (int i = 0; i < info->dlpi_phnum; ++i) {
+    const auto& part = info->dlpi_phdr[i];
+    if (part.p_type == PT_TLS) tls = part.p_memsz;
+    if (part.p_type != PT_LOAD) continue;
+    const uintptr_t begin = info->dlpi_addr + part.p_vaddr, end = begin + part.p_memsz;
+    ours = ours || (begin <= here && here < end);
+    low = std::min(low, begin), high = std::max(high, end);
+  }
+  if (!ours) return 0;
+  image_begin = low, image_end = high;
+  auto* found = static_cast<Shared*>(result);
+  found->begin = reinterpret_cast<uintptr_t>(info->dlpi_tls_data);
+  found->end = found->begin + tls;
+  return 1;
+}
+
+std::string who(const Worker& w, unsigned linear) {
+  const Dim3 s = w.launch->block;
+  return place({linear % s.x, linear / s.x % s.y, linear / s.x / s.y});
+}
+
+bool ordered(const Stamp& before, const Thread& t) {
+  if (before.epoch != t.worker->epoch || before.thread == t.linear) return true;
+  return before.thread / 32 == t.linear / 32 && before.clock < t.clock;
+}
+
+[[noreturn]] void race(Thread& t, const Shared& shared, uintptr_t p, const char* does, const char* did, const Stamp& other,
+                       const void* code) {
+  stop(t, text("race on shared memory: it %s byte %zu of the %s, which thread %s %s, with no barrier between", does,
+               size_t(p - shared.begin), &shared == &t.worker->dynamic ? "dynamic part" : "static part",
+               who(*t.worker, other.thread).c_str(), did),
+       code);
+}
+
+void shared_access(Thread& t, Shared& shared, uintptr_t p, size_t n, bool write, const void* code) {
+  if (p % GRANULE + n > GRANULE && p % GRANULE) ++n;
+  const Stamp now{t.worker->epoch, t.clock, uint16_t(t.linear)};
+  for (uintptr_t at = p & ~uintptr_t(GRANULE - 1); at < p + n; at += GRANULE) {
+    Granule& g = shared.shadow[(at - shared.begin) / GRANULE];
+    const uint32_t first = t.worker->first_epoch;
+    if (g.written.epoch < first && g.read.epoch < first) {
+      memset(reinterpret_cast<void*>(at), 0xff, GRANULE);  // NaN in every format
+      g = {};
+    }
+    if (g.written.thread & IN_FLIGHT && g.written.epoch >= first)
+      stop(t, text("it %s byte %zu of the shared memory, where an asynchronous copy of thread %s has not landed: its wait is missing",
+                   write ? "writes" : "reads", size_t(at - shared.begin),
+                   who(*t.worker, g.written.thread & ~IN_FLIGHT).c_str()),
+           code);
+    if (!ordered(g.written, t)) race(t, shared, at, write ? "writes" : "reads", "wrote", g.written, code);
+    if (write) {
+      if (!ordered(g.read, t)) race(t, shared, at, "writes", "read", g.read, code);
+      if (!ordered(g.read2, t)) race(t, shared, at, "writes", "read", g.read2, code);
+      g.written = now;
+    } else if (ordered(g.read, t)) {
+      g.read = now;
+    } else if (ordered(g.read2, t)) {
+      g.read2 = now;
+    }
+  }
+}
+
+void global_access(Thread& t, uintptr_t p, size_t n, bool write, const void* code) {
+  Worker& w = *t.worker;
+  auto holds = [&](const Buffer& b) { return b.begin <= p && p + n <= b.end && (b.writable || !write); };
+  if (w.last_buffer < buffers.size() && holds(buffers[w.last_buffer])) return;
+  for (size_t i = 0; i < buffers.size(); ++i)
+    if (holds(buffers[i])) {
+      w.last_buffer = i;
+      return;
+    }
+  const Launch& launch = *w.launch;
+  if (!write && p >= launch.args_begin && p + n <= launch.args_end) return;
+  if (!write && p >= image_begin && p + n <= image_end) return;
+  std::string where = "which belongs to no tensor of the call";
+  size_t nearest = SIZE_MAX;
+  for (const Buffer& b : buffers) {
+    if (b.begin <= p && p < b.end && p + n <= b.end) {
+      where = "in " + b.name + ", which is an input";
+      break;
+    }
+    const size_t after = p + n > b.end ? p + n - b.end : SIZE_MAX, before = p < b.begin ? b.begin - p : SIZE_MAX;
+    if (std::min(after, before) < nearest) {
+      nearest = std::min(after, before);
+      where = after < before ? text("%zu bytes past the end of %s", after, b.name.c_str())
+                             : text("%zu bytes before the start of %s", before, b.name.c_str());
+    }
+  }
+  stop(t, text("it %s %zu bytes at %p, ", write ? "writes" : "reads", n, reinterpret_cast<void*>(p)) + where, code);
+}
+
+void check(Thread& t, uintptr_t p, size_t n, bool write, const void* code) {
+  Worker& w = *t.worker;
+  if (p - w.statics.begin < w.statics.end - w.statics.begin) return shared_access(t, w.statics, p, n, write, code);
+  if (p - w.dynamic.begin < MAX_SHARED) {
+    if (p - w.dynamic.begin + n > w.launch->shared)
+      stop(t, text("it %s byte %zu of dynamic shared memory; the launch gave %zu", write ? "writes" : "reads",
+                   size_t(p - w.dynamic.begin + n - 1), w.launch->shared),
+           code);
+    return shared_access(t, w.dynamic, p, n, write, code);
+  }
+  if (p - stacks.begin < stacks.size) stop(t, "it touches a local variable of another thread", code);
+  global_access(t, p, n, write, code);
+}
+
+}  // namespace
+
+Shared with_shadow(uintptr_t begin, size_t bytes) {
+  const size_t cells = bytes / GRANULE + 1;
+  void* shadow = mmap(nullptr, cells * sizeof(Granule), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (shadow == MAP_FAILED) throw std::runtime_error("emulator: no memory for the shadow of shared memory");
+  return {begin, begin + bytes, static_cast<Granule*>(shadow)};
+}
+
+// The static `__shared__` variables of the calling OS thread
+void find_statics(Worker& w) {
+  *const_cast<volatile char*>(&tls_anchor) = 1;  // makes the block exist
+  Shared found;
+  dl_iterate_phdr(find_image, &found);
+  if (found.begin == w.statics.begin && found.end == w.statics.end) return;
+  drop_shadow(w.statics);
+  w.statics = with_shadow(found.begin, found.end - found.begin);
+}
+
+void access(const void* address, size_t bytes, size_t alignment, bool write, const void* code) {
+  const uintptr_t stack = stack_pointer();
+  if (stack - stacks.begin >= stacks.size) return;
+  const auto p = reinterpret_cast<uintptr_t>(address);
+  if ((stack & (STACK - 1)) < 4096) stop(*thread_at(stack), "its local variables need more than 60 KiB", code);
+  if (((p ^ stack) & ~uintptr_t(STACK - 1)) == 0) return;
+  Thread& t = *thread_at(stack);
+  if (p & (alignment - 1))
+    stop(t, text("it %s %zu bytes at %p, which is not a multiple of %zu", write ? "writes" : "reads", bytes, address,
+                 alignment),
+         code);
+  check(t, p, bytes, write, code);
+}
+
+void touch(const void* address, size_t bytes, bool write) {
+  access(address, bytes, 1, write, __builtin_return_address(0));
+}
+
+void touch_atomic(const void* address, size_t bytes) {
+  if (!in_kernel()) return;
+  Thread& t = self();
+  const auto p = reinterpret_cast<uintptr_t>(address);
+  const void* code = __builtin_return_address(0);
+  if (p & (bytes - 1)) stop(t, text("an atomic of %zu bytes at %p", bytes, address), code);
+  const Worker& w = *t.worker;
+  // atomics don't race with one another: on shared memory only the bounds are checked
+  if (p - w.statics.begin < w.statics.end - w.statics.begin) return;
+  if (p - w.dynamic.begin + bytes <= w.launch->shared) return;
+  check(t, p, bytes, true, code);
+}
+
+}  // namespace emulator
