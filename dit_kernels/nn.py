@@ -481,10 +481,11 @@ class AttentionPool(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """text [B, L, text_dim], text_mask bool [B, L], True first and then False -> [B, C]
+        """text [B, L, text_dim], text_mask bool [B, L], True for real tokens -> [B, C]
 
         A prompt of no tokens at all gives proj's bias.
         """
+        text, text_mask = real_first(text, text_mask)
         norm = self.norm
         y = ops.adaln(text, weight=norm.weight, bias=norm.bias, eps=norm.eps)
         k, v = self.kv(y).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
@@ -647,15 +648,21 @@ def timestep_embedding(
     return F.pad(wave, (0, 1)) if dim % 2 else wave
 
 
-def prefix_lengths(mask: Tensor | None) -> Tensor | None:
-    """bool [B, L], True first and then False -> int32 [B]; the order is checked under DIT_KERNELS_DEBUG=1."""
+def real_first(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Prompts [B, L, C] with their real tokens first, in the order they had, and the mask of that.
+
+    Attention to a prompt knows no positions: tokens behind a gap or left padding may as well stand first.
+    """
     if mask is None:
-        return None
-    if debug() and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-        raise ValueError(
-            "text_mask must be True first and then False in each row; got a gap or left padding"
-        )
-    return mask.sum(-1, dtype=torch.int32)
+        return text, None
+    order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
+    samples = torch.arange(text.shape[0], device=text.device)[:, None]
+    return text[samples, order], mask[samples, order]
+
+
+def prefix_lengths(mask: Tensor | None) -> Tensor | None:
+    """bool [B, L], True first and then False, as `real_first` makes it -> int32 [B]"""
+    return None if mask is None else mask.sum(-1, dtype=torch.int32)
 
 
 class _TimestepLabelEmbeddings(nn.Module):

@@ -301,6 +301,21 @@ def test_every_condition_matters_and_padding_does_not(kind, position, window):
         )
 
 
+@pytest.mark.parametrize("kind", ["pooled", "cross", "joint"])
+def test_a_prompts_real_tokens_may_stand_anywhere(kind):
+    """Left padding and gaps: each sample is what its real tokens alone give, packed too."""
+    model = small(**CONDITIONS[kind], **POSITIONS["rope"])
+    x, t, text = torch.randn(2, 3, 4, 8, 8), torch.tensor([10.0, 500.0]), torch.randn(2, 6, 24)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 0, 0, 1]], dtype=torch.bool)
+    alone = [model(x[i : i + 1], t[i : i + 1], text=text[i : i + 1, mask[i]]) for i in range(2)]
+    close(model(x, t, text=text, text_mask=mask), torch.cat(alone))
+    packed = model.forward_packed(list(x), t, text=text, text_mask=mask)
+    close(torch.stack(packed), torch.cat(alone))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(compiled(x, t, text=text, text_mask=mask), torch.cat(alone))
+
+
 @pytest.mark.parametrize("kind", CONDITIONS)
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("window", WINDOWS)

@@ -412,10 +412,11 @@ def test_layers_compile_whole():
     close(compiled(x, c), block(x, c))
 
 
-def test_a_prompt_mask_with_left_padding_is_found_under_debug(monkeypatch):
-    mask = torch.tensor([[False, True, True]])
-    assert dnn.prefix_lengths(mask).tolist() == [2]
-    monkeypatch.setenv("DIT_KERNELS_DEBUG", "1")
-    with pytest.raises(ValueError, match="text_mask must be True first and then False"):
-        dnn.prefix_lengths(mask)
-    assert dnn.prefix_lengths(~mask).tolist() == [1]
+@pytest.mark.parametrize("padding", ["left", "gaps"])
+def test_a_prompts_real_tokens_may_stand_anywhere(padding):
+    """As HF tokenizers pad on the left: the pool sees what a prompt of the real tokens alone has."""
+    pool, text = dnn.AttentionPool(24, C, H), torch.randn(2, 5, 24)
+    mask = torch.tensor({"left": [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], "gaps": [[1, 0, 1, 0, 1], [0, 1, 1, 0, 0]]}[padding]).bool()  # fmt: skip
+    alone = torch.cat([pool(text[i : i + 1, mask[i]]) for i in range(2)])
+    close(pool(text, mask), alone)
+    close(pool(text.masked_fill(~mask[..., None], 9.0), mask), alone)

@@ -27,6 +27,7 @@ from dit_kernels.nn import (
     PatchEmbed3D,
     TimestepEmbedder,
     prefix_lengths,
+    real_first,
 )
 from dit_kernels.ops.arguments import triple
 
@@ -183,7 +184,7 @@ class DiT(nn.Module):
             t: time [B], or [B, Gt] for a time a frame of patches (given frames have time 0).
             y: class labels int64 [B].
             text: prompt tokens [B, L, text_dim].
-            text_mask: bool [B, L], True for real tokens, which come first.
+            text_mask: bool [B, L], True for real tokens.
 
         Returns:
             x's shape, with 2 * Cin channels if learn_sigma.
@@ -198,7 +199,10 @@ class DiT(nn.Module):
             x = x.unsqueeze(2)
         grid = self.grid(x.shape[2:])
         samples, patches = x.shape[0], math.prod(grid)
-        text_lens = prefix_lengths(text_mask)
+        text_lens = None
+        if text is not None and self.text_mode != "pooled":
+            text, text_mask = real_first(text, text_mask)
+            text_lens = prefix_lengths(text_mask)
         c = self._condition(t, y, text, text_mask)  # [B, C] or [B, Gt, C]
         tokens = self.x_embedder(x, self._positions(grid, x.device))
         options: dict[str, Any] = self._rotation(grid, x.device)
@@ -240,7 +244,7 @@ class DiT(nn.Module):
             t: time [S], or S times, each [] or [Gt_i], a time a frame of patches.
             y: class labels int64 [S].
             text: S prompts [L_i, text_dim], or [S, L, text_dim] with text_mask.
-            text_mask: bool [S, L], True for real tokens, which come first.
+            text_mask: bool [S, L], True for real tokens.
 
         Returns:
             S videos in the shapes of xs, with 2 * Cin channels if learn_sigma.
@@ -260,7 +264,8 @@ class DiT(nn.Module):
             for video, grid in zip(videos, grids, strict=True)
         ]
         if text is not None and text_mask is not None:
-            text = [p[:n] for p, n in zip(text, text_mask.sum(-1).tolist(), strict=True)]
+            ordered, _ = real_first(torch.stack(tuple(text)), text_mask)
+            text = [p[:n] for p, n in zip(ordered, text_mask.sum(-1).tolist(), strict=True)]
         padded, text_mask = _pad_prompts(text)
         times = [time.reshape(-1) for time in t]
         frames = [len(time) for time in times]
