@@ -143,6 +143,14 @@ def test_views():
     )
 
 
+@pytest.mark.parametrize("apart", [0, 3])
+def test_a_row_whose_heads_are_a_head_dim_apart_in_memory(apart):
+    """It lies in one piece only if its channels do: they are `apart` here."""
+    memory = torch.randn(2 * 5 * 100)
+    k = memory.as_strided((2, 5, 4, 16), (500, 100, 16, apart))
+    check(q=torch.randn(2, 5, 4, 16), k=k, over="hidden", k_weight=torch.randn(64), **angles(5, 8))
+
+
 def test_gradients_of_other_strides_and_of_one_output():
     values = {**qk(2, 5, 2, 16), "q_weight": torch.randn(16), "k_weight": torch.randn(16)}
     dy = torch.randn(2, 2, 16, 5).permute(0, 3, 1, 2)

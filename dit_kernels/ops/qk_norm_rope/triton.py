@@ -279,7 +279,7 @@ def _one_head(
         hidden
         and len(heads) == 1
         and not angles.heads
-        and all(x is None or x.shape[2] == 1 or x.stride(2) == row.dim for x in xs)
+        and all(x is None or x.shape[2] == 1 or x.stride(2) == row.dim * x.stride(3) for x in xs)
     )
 
 
