@@ -222,7 +222,7 @@ def test_key_of_a_binary():
 
 def test_key_follows_the_code(monkeypatch):
     """The kernel's and that of what it calls, but not its comments."""
-    from dit_kernels.ops.adaln import triton_kernels as kernels
+    from dit_kernels.ops.adaln import triton_backward as kernels
 
     with offline.recorded() as launches:
         gated(2, 64)

@@ -27,11 +27,8 @@ from torch import Tensor
 from dit_kernels.ops import triton_launch, triton_tuning
 from dit_kernels.ops.adaln.tiling import Config, configure, split_row
 from dit_kernels.ops.adaln.tokens import arrange, chunk_tokens, segments, vector
-from dit_kernels.ops.adaln.triton_kernels import (
-    adaln_bwd_kernel,
-    adaln_bwd_sums_kernel,
-    adaln_fwd_kernel,
-)
+from dit_kernels.ops.adaln.triton_backward import adaln_bwd_kernel, adaln_bwd_sums_kernel
+from dit_kernels.ops.adaln.triton_forward import adaln_fwd_kernel
 
 
 def _candidates(key: triton_tuning.Key, default: Config) -> list[Config]:
