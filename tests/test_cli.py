@@ -202,6 +202,10 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
         ("generate|a one|--bogus", ["No such option", "--bogus"]),
         ("generate|a one|--sceduler|ddim", ["No such option: --sceduler", "--scheduler"]),
         ("generate|a one|--device|nowhere", ["--device must be auto, cpu, cuda", "nowhere"]),
+        (
+            "generate|a one|--device|meta",
+            ["--device must be auto, cpu, cuda or cuda:N; got 'meta'"],
+        ),
         ("generate|a one|--device|cuda:99", ["no cuda:99 here", "dit-kernels info"]),
         ("generate|a one|--weights|none", ["no checkpoint at none"]),
         (
@@ -220,6 +224,7 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
             "train|--vary-every|4|--size|20",
             [": clips half as large again: the patch (4, 4, 4) must"],
         ),
+        ("train|--qk-norm|l2", ["--qk-norm must be one of rms, layer, none; got 'l2'"]),
         ("train|--time-mean|nan", ["--time-mean must be a finite number; got nan"]),
         ("train|--size|ten", ["--size", "must be like 32, or 32x48"]),
         ("train|--patch-size|2x2", ["--patch-size", "must be like 1x2x2"]),

@@ -179,6 +179,8 @@ def train(
     from dit_kernels.video import training
     from dit_kernels.video.model import ModelConfig, TextToVideo
 
+    if qk_norm not in ("rms", "layer", "none"):  # the library's none is None
+        raise ValueError(f"--qk-norm must be one of rms, layer, none; got {qk_norm!r}")
     model_values: dict[str, Any] = {
         "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "size": size,
         "codec": codec, "text_encoder": text_encoder, "text_mode": text_mode,
