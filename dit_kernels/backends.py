@@ -68,9 +68,10 @@ class use_backend:
     def __init__(self, name: str) -> None:
         check_name("use_backend", name)
         self.name = name
+        self.previous: list[str] = []  # one for each time that it is entered and not yet left
 
     def __enter__(self) -> use_backend:
-        self.previous = _local.name
+        self.previous.append(_local.name)
         _local.name = self.name
         return self
 
@@ -80,7 +81,7 @@ class use_backend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _local.name = self.previous
+        _local.name = self.previous.pop()
 
 
 @contextlib.contextmanager

@@ -84,6 +84,16 @@ def test_the_context_ends_with_an_exception(installed, monkeypatch):
     assert served_by_fake()
 
 
+def test_one_context_can_be_entered_twice(installed):
+    installed()
+    context = use_backend("reference")
+    with context:
+        with context:
+            assert not served_by_fake()
+        assert not served_by_fake()
+    assert served_by_fake()
+
+
 def test_backward_runs_on_the_backend_of_the_forward(installed):
     installed()
     x = X.clone().requires_grad_()
