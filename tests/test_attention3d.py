@@ -243,6 +243,9 @@ INT = torch.int32
         ({"v": Q[:, :5]}, ValueError, "k and v must be [B, N', H', D]"),
         ({"grid": (2, 2, 2)}, ValueError, "grid (2, 2, 2) with 0 text tokens makes 8 tokens; got q of 12"),
         ({"grid": (3, 4)}, ValueError, "grid must be 3 ints (t, h, w); got (3, 4)"),
+        ({"grid": (3.0, 2, 2)}, TypeError, "grid must be 3 ints (t, h, w); got (3.0, 2, 2)"),
+        ({"text_tokens": 2.0}, TypeError, "text_tokens must be an int; got float"),
+        ({"text_tokens": -1}, ValueError, "text_tokens must be at least 0; got -1"),
         ({"window_size": (1, 1, 1)}, ValueError, "window_size needs a grid"),
         ({"grid": (3, 2, 2), "window_size": (3, 3, 1)}, ValueError, "at most the grid (3, 2, 2)"),
         ({"grid": (3, 2, 2), "window_size": (0, 1, 1)}, ValueError, "must be at least 1 on each axis"),
@@ -287,3 +290,10 @@ def test_lengths_are_checked_under_debug_only(monkeypatch):
         given = {"cu_seqlens": torch.tensor(seqlens, dtype=INT), "max_seqlen": 12}
         with pytest.raises(ValueError, match=message):
             ops.attention3d(packed, packed, packed, **given)
+    given = {"cu_seqlens": torch.tensor([0, 6, 12], dtype=INT), "max_seqlen": 8}
+    ops.attention3d(packed, packed, packed, grid=[(1, 2, 3), (1, 3, 2)], **given)
+    with pytest.raises(ValueError, match=r"sequences of \[4, 8\] tokens, as grid; got \[6, 6\]"):
+        ops.attention3d(packed, packed, packed, grid=[(1, 2, 2), (2, 2, 2)], **given)
+    given["cu_seqlens"] = torch.tensor([0, 4, 12], dtype=INT)
+    with pytest.raises(ValueError, match=r"sequences of \[6, 6\] tokens, as grid; got \[4, 8\]"):
+        ops.attention3d(packed, packed, packed, grid=(1, 2, 3), **given)

@@ -137,3 +137,21 @@ TOKENS = torch.randn(1, 12, 16)
 def test_errors_say_what_was_expected(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"channels": 4.0}, "channels must be an int; got float"),
+        (
+            {"layout": ("t", "h", "w", "c")},
+            "layout must be a string such as 't h w c'; got ('t', 'h'",
+        ),
+        ({"patch_size": (1, 2, 2.0)}, "patch_size must be 3 ints (t, h, w); got (1, 2, 2.0)"),
+    ],
+)
+def test_errors_of_types_say_what_was_expected(given, message):
+    with pytest.raises(TypeError, match=re.escape(f"unpatchify: {message}")):
+        ops.unpatchify(
+            TOKENS, **{"grid": (1, 3, 4), "patch_size": (1, 2, 2), "channels": 4, **given}
+        )

@@ -193,6 +193,11 @@ TABLE = torch.ones(12, 8)
             "must lie within the 12 tokens",
         ),
         ({"sections": 3, "cos": TABLE, "sin": TABLE}, ValueError, "sections must divide D and R"),
+        (
+            {"rope_start": 0.0, "cos": TABLE, "sin": TABLE},
+            TypeError,
+            "rope_start must be an int; got float",
+        ),
         ({"layout": "pairs"}, ValueError, "layout must be one of 'interleaved', 'half'"),
         ({"eps": -1.0}, ValueError, "eps must be a finite number of at least 0; got -1.0"),
         ({"act": "gelu"}, ValueError, "act must be one of None, 'relu'"),
@@ -214,3 +219,10 @@ def test_rope_3d_errors():
         ops.rope_3d((1, 2, 3), (3, 4, 4))
     with pytest.raises(ValueError, match="grid must be 3 ints"):
         ops.rope_3d((2, 3), (4, 4, 4))
+    for grid in ("abc", (1.0, 2.0, 3.0)):
+        with pytest.raises(TypeError, match="grid must be 3 ints"):
+            ops.rope_3d(grid, (4, 4, 4))
+    with pytest.raises(ValueError, match="theta must be a finite number above 0; got 0"):
+        ops.rope_3d((1, 2, 3), (4, 4, 4), theta=0)
+    with pytest.raises(TypeError, match="offset must be a number; got 'a'"):
+        ops.rope_3d((1, 2, 3), (4, 4, 4), offset=(0, "a", 0))

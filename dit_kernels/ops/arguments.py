@@ -62,6 +62,23 @@ def check_choice(op: str, name: str, value: str | None, choices: Sequence[str | 
         )
 
 
+def check_int(op: str, name: str, value: object, least: int = 0) -> None:
+    """
+    Raises:
+        TypeError: no int.
+        ValueError: less than `least`.
+    """
+    if not _is_int(value):
+        raise TypeError(f"{op}: {name} must be an int; got {type(value).__name__}")
+    if value < least:  # type: ignore[operator]
+        raise ValueError(f"{op}: {name} must be at least {least}; got {value}")
+
+
+def _is_int(value: object) -> bool:
+    """numpy's, a tensor's and a symbolic one too."""
+    return isinstance(value, int) or hasattr(value, "__index__")
+
+
 def check_eps(op: str, eps: float) -> None:
     """The epsilon of a norm."""
     try:
@@ -128,8 +145,10 @@ def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None
 
 def triple(op: str, name: str, value: Sequence[int], least: int = 1) -> tuple[int, int, int]:
     """Three ints, each at least `least`."""
-    if isinstance(value, int) or len(value) != 3:
+    if isinstance(value, (int, float)) or value is None or len(value) != 3:
         raise ValueError(f"{op}: {name} must be 3 ints (t, h, w); got {value!r}")
+    if not all(_is_int(v) for v in value):
+        raise TypeError(f"{op}: {name} must be 3 ints (t, h, w); got {value!r}")
     if any(v < least for v in value):
         raise ValueError(f"{op}: {name} must be at least {least} on each axis; got {tuple(value)}")
     return (value[0], value[1], value[2])

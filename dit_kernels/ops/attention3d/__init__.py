@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dit_kernels import debug
 from dit_kernels.ops.arguments import (
     autocast_dtype,
     check_float,
     check_given,
+    check_int,
     check_int32,
     check_range,
     triple,
@@ -113,6 +115,7 @@ def attention3d(
             )
         if max_seqlen is None:
             raise ValueError(f"{NAME}: max_seqlen must be given with cu_seqlens; got None")
+        check_int(NAME, "max_seqlen", max_seqlen)
         if kv_lens is not None:
             raise ValueError(f"{NAME}: kv_lens is for unpacked batches; cu_seqlens came with it")
         sequences = cu_seqlens.numel() - 1
@@ -124,9 +127,12 @@ def attention3d(
             f"{NAME}: keys of another length need an unpacked batch without grid and text_tokens;"
             f" got {k.shape[1]} keys for {tokens} queries"
         )
-    if not 0 <= text_tokens <= tokens:
+    check_int(NAME, "text_tokens", text_tokens)
+    if text_tokens > tokens:
         raise ValueError(f"{NAME}: text_tokens must lie in [0, N = {tokens}]; got {text_tokens}")
     grids = _check_grid(grid, tokens, text_tokens, sequences if cu_seqlens is not None else 0)
+    if grids and cu_seqlens is not None and debug():
+        _check_lengths(grids, text_tokens, cu_seqlens)
     window, steps = _check_window(grids, window_size, stride)
     if causal_time and not grids:
         raise ValueError(f"{NAME}: causal_time needs a grid; got None")
@@ -187,6 +193,18 @@ def _check_grid(
             f" got q of {tokens}"
         )
     return grids
+
+
+def _check_lengths(grids: list[tuple[int, int, int]], text_tokens: int, cu_seqlens: Tensor) -> None:
+    """Only under DIT_KERNELS_DEBUG=1: it waits for the device."""
+    lengths = cu_seqlens.diff().tolist()
+    expected = [t * h * w + text_tokens for t, h, w in grids]
+    if len(grids) == 1:
+        expected *= len(lengths)
+    if lengths != expected:
+        raise ValueError(
+            f"{NAME}: cu_seqlens must hold sequences of {expected} tokens, as grid; got {lengths}"
+        )
 
 
 def _check_window(

@@ -63,7 +63,7 @@ def final_layer(
     check_choice(NAME, "norm", norm, ("layer", "rms"))
     check_eps(NAME, eps)
     check_float(NAME, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
-    grid, patch = check_patches(NAME, x, grid, patch_size, layout)
+    grid, patch = check_patches(NAME, x, grid, patch_size, channels, layout)
     rows = patch[0] * patch[1] * patch[2] * channels
     check_shape(NAME, "weight", weight, (rows, x.shape[2]), "[pt * ph * pw * channels, C]")
     check_shape(NAME, "bias", bias, (rows,), "[pt * ph * pw * channels]")

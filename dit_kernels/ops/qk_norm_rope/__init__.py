@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from dit_kernels.ops.arguments import (
     check_eps,
     check_float,
     check_given,
+    check_int,
     check_shape,
     triple,
 )
@@ -143,7 +145,8 @@ def rope_3d(
         The angles are computed in float64.
 
     Raises:
-        ValueError: not three axes, an odd or negative dim.
+        ValueError: not three axes, an odd or negative dim, a theta that is not positive.
+        TypeError: no numbers.
 
     Source: RoFormer (Su et al. 2021), section 3.2.2, an axis at a time.
     """
@@ -153,6 +156,11 @@ def rope_3d(
         raise ValueError(f"rope_3d: dims must be even; got {tuple(dims)}")
     if len(offset) != 3:
         raise ValueError(f"rope_3d: offset must be 3 numbers (t, h, w); got {offset!r}")
+    for name, number in (("theta", theta), *(("offset", o) for o in offset)):
+        if not isinstance(number, (int, float)) and not hasattr(number, "__float__"):
+            raise TypeError(f"rope_3d: {name} must be a number; got {number!r}")
+    if not 0 < theta < math.inf:
+        raise ValueError(f"rope_3d: theta must be a finite number above 0; got {theta}")
     angles = []
     for axis, (length, dim) in enumerate(zip(grid, dims, strict=True)):
         position = torch.arange(length, dtype=torch.float64, device=device) + offset[axis]
@@ -176,8 +184,11 @@ def _check_angles(
     rope_len: int | None,
 ) -> None:
     samples, tokens, heads, dim = q.shape
+    check_int(NAME, "sections", sections)
+    check_int(NAME, "rope_start", rope_start)
+    check_int(NAME, "rope_len", 0 if rope_len is None else rope_len)
     length = tokens - rope_start if rope_len is None else rope_len
-    if rope_start < 0 or length < 0 or rope_start + length > tokens:
+    if length < 0 or rope_start + length > tokens:
         raise ValueError(
             f"{NAME}: rope_start and rope_len must lie within the {tokens} tokens;"
             f" got {rope_start} and {length}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dit_kernels.ops.arguments import check_float, check_given, triple
+from dit_kernels.ops.arguments import check_float, check_given, check_int, triple
 from dit_kernels.ops.registration import FusedOp
 from dit_kernels.ops.unpatchify import reference
 
@@ -46,7 +46,7 @@ def unpatchify(
     """
     check_given(NAME, tokens=tokens)
     check_float(NAME, tokens=tokens)
-    grid, patch = check_patches(NAME, tokens, grid, patch_size, layout)
+    grid, patch = check_patches(NAME, tokens, grid, patch_size, channels, layout)
     width = patch[0] * patch[1] * patch[2] * channels
     if tokens.shape[2] != width:
         raise ValueError(
@@ -56,11 +56,19 @@ def unpatchify(
 
 
 def check_patches(
-    op: str, tokens: Tensor, grid: Sequence[int], patch_size: Sequence[int], layout: str
+    op: str,
+    tokens: Tensor,
+    grid: Sequence[int],
+    patch_size: Sequence[int],
+    channels: int,
+    layout: str,
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """grid and patch_size as triples that fit tokens [B, N, ...] and a layout of the four axes."""
     grid = triple(op, "grid", grid, least=0)
     patch = triple(op, "patch_size", patch_size)
+    check_int(op, "channels", channels, least=1)
+    if not isinstance(layout, str):
+        raise TypeError(f"{op}: layout must be a string such as 't h w c'; got {layout!r}")
     if sorted(layout.split()) != ["c", "h", "t", "w"]:
         raise ValueError(f"{op}: layout must hold t, h, w and c once each; got {layout!r}")
     if tokens.dim() != 3 or tokens.shape[1] != grid[0] * grid[1] * grid[2]:
