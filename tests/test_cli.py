@@ -214,6 +214,7 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
         ),
         ("generate|a one|--weights|a-file", ["a-file is not a checkpoint"]),
         ("generate|a one|--out|a-file/x.mp4", ["a-file"]),
+        ("generate|a one|--out|/proc/x.mp4", ["nothing can be written to /proc"]),
         ("train|--out|a-file", ["a-file"]),
         ("train|--size|12", ["--size must be at least 14"]),
         ("train|--size|18", ["(4, 4, 4)", "18"]),
@@ -257,7 +258,7 @@ def test_generate_is_the_same_for_the_same_seed(run, weights, tmp_path):
             ["pixels (40000000 clips of 9 frames of 32 x 32) take"],
         ),
         ("train-codec|--frames|4", ["1 more than a multiple of 2", "got 4"]),
-        ("train-codec|--strides|2", ["must be like 1x2x2"]),
+        ("train-codec|--strides|2", ["Invalid value for '--strides': must be like 1x2x2"]),
         (
             "generate|a one|--scheduler|heun",
             ["--scheduler must be one of euler, ddim, dpm++", "heun"],

@@ -81,6 +81,7 @@ def generate(
     """
     from dit_kernels.video.files import (
         check_extension,
+        check_writable,
         file_name_of,
         write_contact_sheet,
         write_video,
@@ -91,13 +92,13 @@ def generate(
     from dit_kernels.video.sampling import generate as generate_videos
     from dit_kernels.video.text import words_of
 
-    # Both before time is spent on a video that can't be written.
+    # Before time is spent on a video that can't be written.
     extension = check_extension(out)
     if image is not None and video is not None:
         raise ValueError("--image and --video can't both be given: each says how the video begins")
     if scheduler not in SCHEDULERS:
         raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}; got {scheduler}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     model = TextToVideo.load(weights).to(torch_device(device))
     config = model.config
     height_width = config.height_width if size is None else pair(size)
@@ -205,16 +206,17 @@ def evaluate(
     """
     from dit_kernels.video import evaluation
     from dit_kernels.video.digits import all_captions, captions_of_split, unseen_captions
+    from dit_kernels.video.files import check_writable
     from dit_kernels.video.model import TextToVideo
 
     if markdown is not None and json is None:
         raise ValueError("--markdown writes what is in --json: give both")
     # before time is spent on figures that can't be written
     if json is not None:
-        evaluation.check_writable(json)
+        check_writable(json)
         evaluation.read_figures(json)
     if markdown is not None:
-        evaluation.check_writable(markdown)
+        check_writable(markdown)
         evaluation.table_place(markdown)
     model = TextToVideo.load(weights).to(torch_device(device))
     if model.data != "digits":

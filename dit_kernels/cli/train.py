@@ -315,7 +315,7 @@ def train_codec(
 
     codec_values: dict[str, Any] = {
         "latent_channels": latent_channels, "width": width,
-        "strides": tuple(parse_patch(stride) for stride in strides.split(",")),
+        "strides": parse_strides(strides),
     }  # fmt: skip
     run_values: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
@@ -358,6 +358,14 @@ def train_codec(
         **PLAIN,
     )
     output.print(f"  dit-kernels train --codec {path} --data {trainer.config.clips.data}", **PLAIN)
+
+
+def parse_strides(text: str) -> tuple[tuple[int, int, int], ...]:
+    """A stride a stage from "1x2x2,2x2x2"."""
+    try:
+        return tuple(parse_patch(stride) for stride in text.split(","))
+    except typer.BadParameter as error:
+        raise typer.BadParameter(error.message, param_hint="'--strides'") from None
 
 
 def clips_settings(data: str, digits: int, speeds: bool, frame_step: int) -> dict[str, Any]:

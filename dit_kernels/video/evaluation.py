@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -244,22 +243,6 @@ def read_figures(path: str | Path) -> dict[str, Any]:
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no figures of `dit-kernels evaluate`: {error}") from error
     return figures
-
-
-def check_writable(path: str | Path) -> None:
-    """A file can be written there, or replaced; its folder is made.
-
-    Raises:
-        OSError: it can't.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; a file is to be written there")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:  # it names the temporary file
-        raise OSError(error.errno, f"nothing can be written to {path.parent}") from error
 
 
 def table_of(figures: dict[str, Any]) -> str:

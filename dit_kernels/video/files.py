@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +29,22 @@ def check_extension(path: str | Path) -> str:
     if extension not in EXTENSIONS:
         raise ValueError(f'the file name must end in {", ".join(EXTENSIONS)}; got "{path}"')
     return extension
+
+
+def check_writable(path: str | Path) -> None:
+    """A file can be written there, or replaced; its folder is made.
+
+    Raises:
+        OSError: it can't.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; a file is to be written there")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:  # it names the temporary file
+        raise OSError(error.errno, f"nothing can be written to {path.parent}") from error
 
 
 def write_video(path: str | Path, frames: torch.Tensor, caption: str = "") -> Path:
