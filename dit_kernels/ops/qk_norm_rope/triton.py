@@ -1,4 +1,4 @@
-"""QK-norm and rotary embedding in Triton: how a call is cut and launched. The kernels: `triton_kernels`."""
+"""QK-norm and rotary embedding in Triton: how a call is cut and launched. The kernels: `triton_{forward,backward}`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import triton
 from torch import Tensor
 
 from dit_kernels.ops import triton_launch, triton_rows, triton_tuning
-from dit_kernels.ops.qk_norm_rope import triton_kernels as kernels
+from dit_kernels.ops.qk_norm_rope.triton_backward import (
+    qk_norm_rope_bwd_angles_kernel,
+    qk_norm_rope_bwd_kernel,
+)
+from dit_kernels.ops.qk_norm_rope.triton_forward import qk_norm_rope_fwd_kernel
 
 
 def supports(
@@ -72,7 +76,7 @@ def forward(
         norm, over, eps, act, layout, sections, rope_start, rounding, stats,
     )  # fmt: skip
     triton_launch.run(
-        kernels.qk_norm_rope_fwd_kernel, plan,
+        qk_norm_rope_fwd_kernel, plan,
         q, k, outputs[0], None if k is None else outputs[1], *_statistics_of(saved, norm, k is not None),
         *parameters, cos, sin,
     )  # fmt: skip
@@ -167,7 +171,7 @@ def backward(
             if results[i] is not None and programs
         }
         triton_launch.launch(
-            kernels.qk_norm_rope_bwd_kernel, (q_programs + k_programs,),
+            qk_norm_rope_bwd_kernel, (q_programs + k_programs,),
             dq_out, dk_out, q, k, results[0], results[1], *statistics, *parameters,
             *(sums.get(i) for i in (2, 4, 3, 5)), angles.cos, angles.sin,
             q_programs, q.shape[1], 0 if k is None else k.shape[1], q_chunks, k_chunks, q_chunk, k_chunk,
@@ -190,7 +194,7 @@ def backward(
             tile = _tile(q.shape[2], row, False, _Config(4, 16))
             blocks = tile.blocks if heads > 1 else 1
             triton_launch.launch(
-                kernels.qk_norm_rope_bwd_angles_kernel, (triton.cdiv(angles.length, tile.block_n), blocks, samples),
+                qk_norm_rope_bwd_angles_kernel, (triton.cdiv(angles.length, tile.block_n), blocks, samples),
                 dq_out, dk_out, q, k, *statistics, *parameters, dcos, dsin,
                 q.shape[1], 0 if k is None else k.shape[1], rope_start, angles.length, q.shape[0] // samples,
                 *strides, *dy_strides, q.shape[2], 1 if k is None else k.shape[2], tile.parts, tile.block_n,
