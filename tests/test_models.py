@@ -132,6 +132,16 @@ def original_model():
     ).eval()
 
 
+def test_the_sizes_of_an_image_as_the_original_takes_them():
+    """An int for both, or (Y, X)."""
+    for size, config in ((8, (1, 8, 8)), ((8, 12), (1, 8, 12)), ((1, 8, 12), (1, 8, 12))):
+        model = DiT_models["DiT-S/2"](input_size=size, depth=0)
+        assert model.config["input_size"] == config
+    model = DiT(input_size=[8, 8], patch_size=4, hidden_size=32, depth=0, num_heads=2)
+    assert model.config["patch_size"] == (1, 4, 4)
+    assert model(torch.randn(1, 4, 8, 8), torch.zeros(1)).shape == (1, 8, 8, 8)
+
+
 def test_the_original_dits_weights():
     sd, model = original_state_dict(), original_model()
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 17, 999]), torch.tensor([1, 9, 10])
@@ -592,8 +602,9 @@ def packed(xs, t, y=None, text=None, text_mask=None, **options):
         (lambda: small(input_size=(4, 8, 7)), "the patch (1, 2, 2) must divide the video"),
         (lambda: small(text_dim=8, text_mode="adaln"), "DiT: text_mode must be one of"),
         (lambda: small(num_heads=0), "DiT: num_heads must be at least 1; got 0"),
-        (lambda: small(input_size=8), "DiT: input_size must be 3 ints (t, h, w); got 8"),
-        (lambda: small(patch_size=2), "DiT: patch_size must be 3 ints (t, h, w); got 2"),
+        (lambda: small(input_size=(8,)), "DiT: input_size must be 3 ints (t, h, w); got (8,)"),
+        (lambda: small(input_size=8.0), "DiT: input_size must be 3 ints (t, h, w); got 8.0"),
+        (lambda: small(patch_size=(2,)), "DiT: patch_size must be 3 ints (t, h, w); got (2,)"),
         (lambda: small(window_size=(2, 2)), "DiT: window_size must be 3 ints (t, h, w)"),
         (lambda: small(stride=(1, 2, 2)), "DiT: stride needs window_size; got stride (1, 2, 2)"),
         (

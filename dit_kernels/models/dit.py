@@ -34,12 +34,20 @@ from dit_kernels.ops.arguments import triple
 Grid = tuple[int, int, int]
 
 
+def _with_frames(size: int | Sequence[int]) -> Sequence[int]:
+    """An image's one or two sizes, as the original DiT takes them, with one frame before."""
+    if isinstance(size, int):
+        return (1, size, size)
+    return (1, *size) if isinstance(size, Sequence) and len(size) == 2 else size
+
+
 class DiT(nn.Module):
     """Predicts the noise (or velocity, or clean video) of a noisy image or video.
 
     Args:
-        input_size: (F, Y, X) that the model is made for; other sizes are accepted in forward.
-        patch_size: (pt, ph, pw).
+        input_size: (F, Y, X) that the model is made for; other sizes are accepted in forward. Of an image
+            also (Y, X), or one int for both.
+        patch_size: (pt, ph, pw); of an image also (ph, pw), or one int for both.
         in_channels: Cin.
         hidden_size, depth, num_heads, mlp_ratio: of the transformer.
         num_classes: class conditioning; None for none.
@@ -64,8 +72,8 @@ class DiT(nn.Module):
 
     def __init__(
         self,
-        input_size: Sequence[int] = (1, 32, 32),
-        patch_size: Sequence[int] = (1, 2, 2),
+        input_size: int | Sequence[int] = (1, 32, 32),
+        patch_size: int | Sequence[int] = (1, 2, 2),
         in_channels: int = 4,
         hidden_size: int = 1152,
         depth: int = 28,
@@ -90,8 +98,8 @@ class DiT(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        input_size = triple("DiT", "input_size", input_size)
-        patch_size = triple("DiT", "patch_size", patch_size)
+        input_size = triple("DiT", "input_size", _with_frames(input_size))
+        patch_size = triple("DiT", "patch_size", _with_frames(patch_size))
         if window_size is not None:
             window_size = triple("DiT", "window_size", window_size)
         if stride is not None:
