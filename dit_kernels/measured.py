@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,23 +64,36 @@ def order(
     op: str, candidates: tuple[str, ...], args: Sequence[Any], *, training: bool
 ) -> tuple[str, ...]:
     """The candidates, the measured fastest first."""
-    name = gpu(next(arg for arg in args if isinstance(arg, Tensor)).device)
+    for first in args:
+        if first is not None:
+            break
+    name = gpu(first.get_device())
     if not on_gpu(name):
         return candidates
-    found = nearest(name, call_class(op, args))
-    if found is None:
-        return candidates
-    first = found.training if training else found.inference
-    return (first, *(name for name in candidates if name != first))
+    # what a class is made of, without the class: this is in every call
+    key = (
+        name, op, training, first.dtype, first.shape, *[a if a.__class__ is str else a is None for a in args]
+    )  # fmt: skip
+    known = _orders.get(key)
+    if known is None:
+        found = nearest(name, call_class(op, args))
+        best = candidates[0] if found is None else found.training if training else found.inference
+        known = (best, *(name for name in candidates if name != best))
+        if len(_orders) >= 4096:
+            _orders.clear()
+        _orders[key] = known
+    return known
+
+
+_orders: dict[tuple[Hashable, ...], tuple[str, ...]] = {}
 
 
 @functools.cache
-def gpu(device: torch.device) -> str:
-    """The card's name; "" where there is none."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+def gpu(index: int) -> str:
+    """The card's name; "" for the CPU, -1."""
+    return torch.cuda.get_device_name(index) if index >= 0 else ""
 
 
-@functools.lru_cache(maxsize=4096)
 def nearest(name: str, call: CallClass) -> Fastest | None:
     """The measured class of the same op and item size that is nearest: of the same form if there is one, then by size."""
 

@@ -182,16 +182,16 @@ def two_backends(monkeypatch):
     for name in ("triton", "cuda"):
         monkeypatch.setitem(sys.modules, f"dit_kernels.ops.feed_forward.{name}", served_by(name))
     monkeypatch.setattr(backends, "unavailable", lambda name: None)
-    monkeypatch.setattr(measured, "gpu", lambda device: "a card")
+    monkeypatch.setattr(measured, "gpu", lambda index: "a card")
     backends.load.cache_clear()
 
     def measure(*rows):
         monkeypatch.setattr(measured, "on_gpu", lambda name: rows if name == "a card" else ())
-        measured.nearest.cache_clear()
+        measured._orders.clear()
 
     yield measure
     backends.load.cache_clear()
-    measured.nearest.cache_clear()
+    measured._orders.clear()
 
 
 def gelu(channels, rows, **options):
@@ -252,5 +252,5 @@ def test_the_measured_file_is_read_as_it_is_written(tmp_path):
 
 
 def test_no_gpu_has_no_measurement():
-    assert measured.gpu(torch.device("cpu")) == ""
+    assert measured.gpu(torch.zeros(1).get_device()) == ""
     assert measured.on_gpu("") == ()
