@@ -116,15 +116,15 @@ def _attend(dim: int, window: tuple[int, int, int] | None = None, **options: Any
     return make
 
 
-# head dims that the table of tiles names, and its widest ones
-_DIMS = (64, 72, 80, 88, 96, 112, 128, 256)
+# head dims that the table of tiles names, and of its widest row one between and the last
+_DIMS = (64, 72, 80, 88, 96, 112, 128, 192, 256)
 _WINDOW = (6, 8, 8)
 _ATTENTION = (
     *(Case("attention3d", f"d{d}", "attention3d", _attend(d)) for d in _DIMS),
     *(Case("attention3d", f"d{d} window", "attention3d", _attend(d, _WINDOW)) for d in _DIMS),
     *(
         Case("attention3d", f"d{d} {name}", "attention3d", _attend(d, **options))
-        for d in (64, 128)
+        for d in (64, 112, 128, 192)
         for name, options in {
             "window text": dict(window=_WINDOW, text_tokens=256),
             "window causal": dict(window=_WINDOW, causal_time=True),

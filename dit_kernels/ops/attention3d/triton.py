@@ -57,19 +57,22 @@ _TABLE: dict[str, dict[str, tuple[tuple[int, Config, Config], ...]]] = {
     "sm_90": {
         "fwd": (
             (64, Config(128, 128, 8, 3), Config(128, 64, 8, 3)),
+            (96, Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
+            (112, Config(128, 128, 8, 2), Config(128, 32, 8, 2)),
             (128, Config(128, 128, 8, 2), Config(128, 64, 8, 2)),
+            (255, Config(128, 32, 8, 2), Config(128, 16, 8, 2)),  # 128x64 spills where it is packed
             (256, Config(128, 64, 8, 2), Config(128, 16, 8, 2)),
         ),
         "dq": (
             (64, Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
             (128, Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
-            (256, Config(128, 16, 8, 2), Config(128, 16, 8, 1)),
+            (256, Config(128, 16, 8, 2), Config(128, 16, 8, 2)),
         ),
         "dkdv": (
             (64, Config(64, 128, 8, 2), Config(64, 128, 8, 2)),
             (96, Config(64, 128, 8, 2), Config(32, 128, 8, 2)),
             (128, Config(64, 128, 8, 2), Config(16, 128, 8, 2)),
-            (256, Config(16, 64, 8, 2), Config(16, 64, 8, 2)),
+            (256, Config(16, 64, 8, 3), Config(16, 64, 8, 2)),
         ),
     },
     "amd": {
@@ -117,7 +120,10 @@ _TABLE["sm_100"] = {
     ),
 }
 # (architecture, kernel) -> head dims and tiles for causal_time without a window: its mask takes registers too
-_CAUSAL = {("sm_90", "dkdv"): (range(97, 129), Config(32, 128, 8, 2))}
+_CAUSAL = {
+    ("sm_90", "fwd"): (range(129, 256), Config(128, 64, 8, 2)),
+    ("sm_90", "dkdv"): (range(97, 129), Config(32, 128, 8, 2)),
+}
 _FLOAT32 = ((64, Config(64, 32, 4, 1)), (128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1)))
 
 
