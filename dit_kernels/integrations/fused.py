@@ -44,10 +44,14 @@ def norm_of(module: nn.Module | None) -> dict[str, Any] | None:
     }
 
 
-def rows(modulation: Tensor | None) -> Tensor | None:
-    """Modulation that broadcasts over the tokens, [B, 1, C], as a row a sample."""
-    if modulation is not None and modulation.dim() == 3 and modulation.shape[1] == 1:
-        return modulation[:, 0]
+def rows(modulation: Tensor | None, x: Tensor, row_index: Tensor | None = None) -> Tensor | None:
+    """Modulation as the ops take it: [B, 1, C] is a row a sample, and one sample's row is every sample's."""
+    if modulation is None or row_index is not None:
+        return modulation
+    if modulation.dim() == 3 and modulation.shape[1] == 1:
+        modulation = modulation[:, 0]
+    if modulation.shape[0] == 1 and x.shape[0] > 1:
+        modulation = modulation.expand(x.shape[0], *modulation.shape[1:])
     return modulation
 
 
@@ -69,6 +73,12 @@ class Fused:
 
     rounding: str = "eager"
 
+    def _fit(self, more: dict[str, Any], x: Tensor) -> None:
+        """The second modulation, of the second output."""
+        for name in ("shift2", "scale2"):
+            if name in more:
+                more[name] = rows(more[name], x, more.get("row_index"))
+
     def adaln(
         self,
         norm: nn.Module,
@@ -79,7 +89,10 @@ class Fused:
     ) -> Any:
         """norm(x) * (1 + scale) + shift"""
         more.setdefault("rounding", self.rounding)
-        return ops.adaln(x, rows(shift), rows(scale), **(norm_of(norm) or {}), **more)
+        self._fit(more, x)
+        index = more.get("row_index")
+        shift, scale = rows(shift, x, index), rows(scale, x, index)
+        return ops.adaln(x, shift, scale, **(norm_of(norm) or {}), **more)
 
     def gated_adaln(
         self,
@@ -93,8 +106,11 @@ class Fused:
     ) -> Any:
         """residual = residual + gate * branch; (residual, norm(residual) * (1 + scale) + shift)"""
         more.setdefault("rounding", self.rounding)
+        self._fit(more, residual)
+        index = more.get("row_index")
+        gate, shift, scale = (rows(m, residual, index) for m in (gate, shift, scale))
         return ops.gated_adaln(
-            residual, branch, rows(gate), rows(shift), rows(scale), **(norm_of(norm) or {}), **more
+            residual, branch, gate, shift, scale, **(norm_of(norm) or {}), **more
         )
 
     def gated_residual(
@@ -102,7 +118,8 @@ class Fused:
     ) -> Tensor:
         """residual + gate * branch"""
         more.setdefault("rounding", self.rounding)
-        return ops.gated_residual(residual, branch, rows(gate), **more)
+        gate = rows(gate, residual, more.get("row_index"))
+        return ops.gated_residual(residual, branch, gate, **more)
 
     def qk(
         self,
@@ -145,15 +162,23 @@ def is_site(forward: Any) -> bool:
     return isinstance(forward, MethodType) and getattr(forward.__func__, "is_site", False)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the module's forward is its class's or a site's."""
+    forward = module.__dict__.get("forward")
+    if forward is None or is_site(forward):
+        return True
+    # what accelerate, diffusers and pickle leave behind once their hooks are gone
+    return isinstance(forward, MethodType) and forward.__func__ is type(module).forward
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward or a site's."""
-    forward = module.__dict__.get("forward")
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or not (forward is None or is_site(forward))
+        or not has_own_forward(module)
     )
 
 

@@ -223,8 +223,9 @@ def first_frame_rows(x: Tensor, first: int) -> Tensor:
     return (samples + x.shape[0] * in_first).int()
 
 
-def both(own: Tensor, first: Tensor) -> Tensor:
-    return torch.cat([own, first])
+def both(own: Tensor, first: Tensor, batch: int) -> Tensor:
+    """The rows [2B, C]; one sample's is every sample's."""
+    return torch.cat([rows.expand(batch, -1) for rows in (own, first)])
 
 
 @adapts(
@@ -253,8 +254,8 @@ def token_replace_norm(
     y = fused.adaln(
         self.norm,
         x,
-        both(shift, first_shift),
-        both(scale, first_scale),
+        both(shift, first_shift, len(x)),
+        both(scale, first_scale, len(x)),
         row_index=first_frame_rows(x, first_frame_num_tokens),
     )
     return y, *rest, *first_rest
@@ -287,7 +288,9 @@ def token_replace_block(
     if not (keeps_dtype(x, temb, token_replace_emb) and keeps_dtype(text, temb)):
         return NotImplemented
     y, *modulation = self.norm1(x, temb, token_replace_emb, num_tokens)
-    gate, shift_mlp, scale_mlp, gate_mlp = map(both, modulation[:4], modulation[4:])
+    gate, shift_mlp, scale_mlp, gate_mlp = (
+        both(own, first, len(x)) for own, first in zip(modulation[:4], modulation[4:], strict=True)
+    )
     row_index = first_frame_rows(x, num_tokens)
     c_y, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(text, emb=temb)
     branch, c_branch = self.attn(
@@ -329,6 +332,6 @@ def token_replace_single_block(
     y, gate, first_gate = self.norm(x, temb, token_replace_emb, num_tokens)
     branch = single_branch(self, y, length, attention_mask, image_rotary_emb)
     x = fused.gated_residual(
-        x, branch, both(gate, first_gate), row_index=first_frame_rows(x, num_tokens)
+        x, branch, both(gate, first_gate, len(x)), row_index=first_frame_rows(x, num_tokens)
     )
     return x[:, :-length], x[:, -length:]

@@ -189,10 +189,8 @@ def block(
 
 def _two(modulation: Modulation) -> dict[str, Tensor]:
     """scale, shift for one output of the norm, then scale, shift for the other."""
-    scale2, shift2 = modulation.added(2), modulation.added(3)
-    if scale2.shape[1] == 1:
-        scale2, shift2 = scale2[:, 0], shift2[:, 0]
-    return {**modulation.shift_scale(1, 0), "shift2": shift2, "scale2": scale2}
+    second = {"shift2": modulation.added(3), "scale2": modulation.added(2)}
+    return {**modulation.shift_scale(1, 0), **second}
 
 
 def _modulated(text: Tensor, table: Tensor, embedded: Tensor | None, like: Tensor) -> Tensor:

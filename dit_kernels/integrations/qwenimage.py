@@ -41,7 +41,11 @@ def block(
     x, text = hidden_states, encoder_hidden_states
     if not (keeps_dtype(x, temb) and keeps_dtype(text, temb)):
         return NotImplemented
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.img_mod(temb).chunk(6, dim=-1)
+    modulation = self.img_mod(temb)
+    if modulate_index is not None and len(modulation) != 2 * len(x):
+        # one sample's is every sample's
+        modulation = torch.cat([half.expand(len(x), -1) for half in modulation.chunk(2)])
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
     if self.zero_cond_t:
         temb = temb.chunk(2, dim=0)[0]
     c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.txt_mod(temb).chunk(
