@@ -98,6 +98,7 @@ def single_block(
     "f28b14a484bb",
     kind="feed_forward",
     rows=lambda module: [("", "swiglu")],
+    covers=("gate_fn",),
 )
 def swiglu(fused: Fused, self: Any, x: Tensor) -> Any:
     return ops.swiglu(x, gate="first")

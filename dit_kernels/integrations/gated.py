@@ -76,7 +76,7 @@ def gated_rows(*names: str) -> Callable[[Any], Sequence[Row] | str]:
 
 def gated(fused: Fused, x: Tensor, first: Any, gated: Any, last: Any) -> Any:
     """last(silu(first(x)) * gated(x)); the pre-activations alone are kept for the backward."""
-    plain = all(is_plain_linear(linear) for linear in (first, gated))
+    plain = all(is_plain_linear(linear) and linear.bias is None for linear in (first, gated))
     if (
         not plain
         or autocast_dtype(x) is not None
@@ -87,8 +87,12 @@ def gated(fused: Fused, x: Tensor, first: Any, gated: Any, last: Any) -> Any:
 
 
 @adapts(
-    "LuminaFeedForward", "08acc452aae1", kind="feed_forward", rows=gated_rows("linear_1", "linear_3")
-)  # fmt: skip
+    "LuminaFeedForward",
+    "08acc452aae1",
+    kind="feed_forward",
+    rows=gated_rows("linear_1", "linear_3"),
+    covers=("silu",),
+)
 def lumina_feed_forward(fused: Fused, self: Any, x: Tensor) -> Any:
     return gated(fused, x, self.linear_1, self.linear_3, self.linear_2)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dit_kernels.integrations.fused import Fused, attend, is_hooked
+from dit_kernels.integrations.fused import Fused, attend
 from dit_kernels.integrations.recognition import Row, adapts
 from dit_kernels.integrations.shared import norm_rows, qk_rows
 
@@ -82,10 +82,14 @@ def feed_forward_rows(module: Any) -> Sequence[Row] | str:
     return [("", "gelu_bias")]
 
 
-@adapts("Kandinsky5FeedForward", "3030f61bccc1", kind="feed_forward", rows=feed_forward_rows)
+@adapts(
+    "Kandinsky5FeedForward",
+    "3030f61bccc1",
+    kind="feed_forward",
+    rows=feed_forward_rows,
+    covers=("activation",),
+)
 def feed_forward(fused: Fused, self: Any, x: Tensor) -> Any:
-    if is_hooked(self.activation):
-        return NotImplemented
     return fused.feed_forward(
         self.in_layer(x), f"gelu-{self.activation.approximate}", self.out_layer
     )

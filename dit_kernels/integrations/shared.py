@@ -76,14 +76,20 @@ def ada_layer_norm_continuous(
     return fused.adaln(self.norm, x, shift, scale)
 
 
-@adapts("AdaLayerNorm", "38863becb00f", kind="adaln", rows=norm_rows("norm"), covers=("norm",))
+def ada_layer_norm_rows(module: Any) -> Sequence[Row] | str:
+    if module.chunk_dim != 1:
+        return "its modulation is not a row a sample"
+    return norm_rows("norm")(module)
+
+
+@adapts("AdaLayerNorm", "38863becb00f", kind="adaln", rows=ada_layer_norm_rows, covers=("norm",))
 def ada_layer_norm(
     fused: Fused, self: Any, x: Tensor, timestep: Any = None, temb: Any = None
 ) -> Any:
     if self.emb is not None:
         temb = self.emb(timestep)
     temb = self.linear(self.silu(temb))
-    if not keeps_dtype(x, temb) or x.dim() != 3 or self.chunk_dim != 1:
+    if not keeps_dtype(x, temb) or x.dim() != 3:
         return NotImplemented
     shift, scale = temb.chunk(2, dim=1)
     return fused.adaln(self.norm, x, shift, scale)
@@ -177,7 +183,10 @@ def rms_norm(fused: Fused, self: Any, hidden_states: Tensor) -> Any:
     if weight is not None and weight.dtype != hidden_states.dtype:
         return NotImplemented
     if hidden_states.dim() == 4:  # heads, as [B, N, H, D] or as a view [B, H, N, D]
-        return fused.qk(hidden_states, None, self, None)[0]
+        turned = hidden_states.stride(1) < hidden_states.stride(2)
+        x = hidden_states.transpose(1, 2) if turned else hidden_states
+        y = fused.adaln(self, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return y.transpose(1, 2) if turned else y
     return fused.adaln(self, hidden_states) if hidden_states.dim() in (2, 3) else NotImplemented
 
 
@@ -198,7 +207,8 @@ def _activation(module: Any) -> str | None:
     first = module.net[0]
     if type(first).__name__ == "GELU" and first.approximate in ("tanh", "none"):
         return f"gelu-{first.approximate}"
-    return "swiglu-second" if type(first).__name__ == "SwiGLU" else None
+    silu = type(first).__name__ == "SwiGLU" and type(first.activation) is nn.SiLU
+    return "swiglu-second" if silu else None
 
 
 @adapts("FeedForward", "f2758cc90b58", kind="feed_forward", rows=feed_forward_rows)
@@ -206,7 +216,10 @@ def feed_forward(fused: Fused, self: Any, hidden_states: Tensor, *args: Any, **k
     """Linear, activation, dropout, Linear; the pre-activation alone is kept for the backward."""
     first, dropout, linear, *rest = self.net
     act = _activation(self)
-    if args or kwargs or act is None or (self.training and dropout.p) or is_hooked(first):
+    if args or kwargs or act is None or type(dropout) is not nn.Dropout:
+        return NotImplemented
+    skipped = (first, dropout, *(part for part in first.children() if part is not first.proj))
+    if (self.training and dropout.p) or any(is_hooked(part) for part in skipped):
         return NotImplemented
     hidden_states = fused.feed_forward(first.proj(hidden_states), act, linear)
     for module in rest:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.normalization import AdaLayerNorm
 from small_models import SMALL, build, inputs, output
 from torch import Tensor, nn
 
@@ -59,3 +61,39 @@ def test_one_time_for_images_to_edit() -> None:
         want = output(model, given)
         dit_kernels.patch(model)
         close(output(model, given), want)
+
+
+def test_a_bias_and_an_activation_that_came_later() -> None:
+    plain, model, given = twins("lumina2")
+    torch.manual_seed(0)
+    first, second = (block.feed_forward for block in model.layers)
+    first.linear_3, second.silu = nn.Linear(32, first.linear_3.out_features), nn.ReLU()
+    plain.layers[0].feed_forward.linear_3 = copy.deepcopy(first.linear_3)
+    plain.layers[1].feed_forward.silu = nn.ReLU()
+    with torch.no_grad():
+        close(output(model, given), output(plain, given))
+
+
+@pytest.mark.parametrize("family", ["wan", "flux2", "lumina2", "kandinsky-5", "mochi"])
+def test_a_single_hook_anywhere_is_called(family: str) -> None:
+    """Not all at once: a hook on one module makes its neighbours' code run too."""
+    plain, model, given = twins(family)
+    with torch.no_grad():
+        output(model, given)
+        for name, module in model.named_modules():
+            if ".1." in name:  # as in the first block
+                continue
+            counts = []
+            for one in (plain.get_submodule(name), module):
+                calls: list[int] = []
+                handle = one.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+                output(plain if one is not module else model, given)
+                handle.remove()
+                counts.append(len(calls))
+            assert counts[1] == counts[0], name
+
+
+def test_modulation_that_is_no_row_a_sample_is_left() -> None:
+    report = dit_kernels.patch(AdaLayerNorm(8, chunk_dim=0))
+    assert not report.replaced
+    assert ("", "its modulation is not a row a sample") in report.left
