@@ -9,12 +9,14 @@ Three runs on the real input, without gradients:
 
 So the products cost nothing again, no error of theirs is counted, and the float64 run is a few passes
 over the tokens. Compared are the results and what went into every product. A child module with hooks
-that replace its forward (offloading, casting) counts as one product: it runs once, natively.
+that replace its forward (offloading, casting) counts as one product: it runs once, natively. Hooks that
+keep a state, and those that people register on modules, see the real calls alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,12 +29,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dit_kernels import testing
-from dit_kernels.integrations.fused import is_site
+from dit_kernels.integrations.fused import has_own_forward
 from dit_kernels.ops.arguments import autocast_dtype
 
 Key = tuple[Any, ...]
+UNDECIDED = "there is nothing to compare"
 
-# what is not replaced and costs: replayed. The number says how many leading arguments are tokens
+# what is not replaced and costs, or is random: replayed. The number: how many leading arguments are tokens
 PRODUCTS: dict[Any, int] = {
     F.linear: 1,
     torch.matmul: 2,
@@ -49,6 +52,12 @@ PRODUCTS: dict[Any, int] = {
     torch.conv2d: 1,
     torch.conv3d: 1,
     F.dropout: 1,
+    torch.rand: 0,
+    torch.rand_like: 0,
+    torch.randn: 0,
+    torch.randn_like: 0,
+    torch.randint: 0,
+    torch.bernoulli: 0,
 }
 _EXACT = torch.float64
 _NARROWINGS = (Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double)
@@ -66,11 +75,17 @@ def running() -> bool:
     return _thread.running
 
 
-def key(args: Sequence[Any], kwargs: dict[str, Any]) -> Key:
-    """What a verdict holds for: the dtypes of the tensors given, and autocast's."""
+def batched() -> bool:
+    """Whether this is inside torch.vmap, which has no rule for the ops."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def key(args: Sequence[Any], kwargs: dict[str, Any], training: bool) -> Key:
+    """What a verdict holds for: the dtypes and ranks of the tensors given, autocast, and train()."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    dtypes = sorted({str(t.dtype) for t in tensors})
-    return (*dtypes, str(autocast_dtype(tensors[0]) if tensors else None))
+    form = sorted((str(t.dtype), t.dim()) for t in tensors)
+    return (*form, training, autocast_dtype(tensors[0]) if tensors else None)
 
 
 def impossible(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -78,7 +93,7 @@ def impossible(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     if any(t.is_meta or type(t).__name__ == "FakeTensor" for t in tensors):
         return True
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+    if torch._C._functorch.maybe_current_level() is not None:  # the weights may be wrapped too
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
@@ -92,15 +107,21 @@ def difference(
     module: nn.Module,
     replay: bool,
 ) -> str | None:
-    """How the fused run differs from the native one beyond the accuracy rule, or None."""
+    """How the fused run differs from the native one beyond the accuracy rule; None if it doesn't.
+
+    UNDECIDED where there is nothing to compare: an empty batch, or nothing finite.
+    """
     given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     record = _Record() if replay else None
-    with _apart(given[0].device), _hooked_children(module) as children:
+    with _apart(given[0].device), _quiet_hooks(module), _hooked_children(module) as children:
         with children.run(record):
             expected = native(*args, **kwargs)
         taken = _Replay(record.products) if record else None
-        with children.run(taken):
-            actual = fused(*args, **kwargs)
+        try:
+            with children.run(taken):
+                actual = fused(*args, **kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            return f"it raises {type(error).__name__}, the module's own code doesn't ({error})"
         if actual is NotImplemented:
             return None
         if taken is not None and taken.problem:
@@ -123,6 +144,7 @@ def difference(
                 record.products, taken.inputs, repeated.inputs, strict=True
             )
         ] + compared
+    decided = False
     for what, *sides in compared:
         leaves = [
             [t for t in tree_leaves(side) if isinstance(t, Tensor) and t.is_floating_point()]
@@ -139,10 +161,16 @@ def difference(
                     f"{what} is {got.dtype} {list(got.shape)}, the module's own"
                     f" {plain.dtype} {list(plain.shape)}"
                 )
+            # what has overflowed, or was NaN when it came, has no right value
+            finite = plain.isfinite()
+            if not finite.any():
+                continue
+            decided = decided or what == "its result"
+            got, plain, true = (t.where(finite, 0) for t in (got, plain, true))
             worst, bound = testing.error(got, true), testing.allowed(plain, true)
             if not worst <= bound:
                 return f"{what} is off by {worst:.2e}, allowed {bound:.2e}"
-    return None
+    return None if decided else UNDECIDED
 
 
 @contextlib.contextmanager
@@ -175,11 +203,11 @@ class _Children:
         finally:
             self.products = None
 
-    def forward(self, own: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self, own: Callable[..., Any], checked: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.products is None or not running():  # another thread's call
                 return own(*args, **kwargs)
-            return self.products.child(own, args, kwargs)
+            return self.products.child(checked, args, kwargs)
 
         return call
 
@@ -189,7 +217,7 @@ def _hooked_children(module: nn.Module) -> Iterator[_Children]:
     children = _Children()
     replaced = {m: m.__dict__["forward"] for m in _hooked(module)}
     for child, own in replaced.items():
-        child.__dict__["forward"] = children.forward(own)
+        child.__dict__["forward"] = children.forward(own, _without_state(child) or own)
     try:
         yield children
     finally:
@@ -199,11 +227,61 @@ def _hooked_children(module: nn.Module) -> Iterator[_Children]:
 
 def _hooked(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        forward = child.__dict__.get("forward")
-        if forward is None or is_site(forward):
+        if has_own_forward(child):
             yield from _hooked(child)
         else:
             yield child
+
+
+def _without_state(module: nn.Module) -> Callable[..., Any] | None:
+    """The module's forward without those of diffusers' hooks that count calls or keep results: its caches.
+
+    None where it has none of them.
+    """
+    registry: Any = module.__dict__.get("_diffusers_hook")
+    hooks = [registry.hooks[name] for name in registry._hook_order] if registry else []
+    if "_hf_hook" in module.__dict__ or not any(hook._is_stateful for hook in hooks):
+        return None
+    innermost = registry._fn_refs[0]
+    forward = innermost.original_forward or innermost.forward
+    for hook in hooks:
+        if not hook._is_stateful and not hasattr(hook, "new_forward"):
+            forward = functools.partial(_through, hook, module, forward)
+    return forward
+
+
+def _through(
+    hook: Any, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    return hook.post_forward(module, forward(*args, **kwargs))
+
+
+@contextlib.contextmanager
+def _quiet_hooks(module: nn.Module) -> Iterator[None]:
+    """What people hang on the modules below sees a model's calls, and none of a check's.
+
+    Hooks that bring weights in stay: FSDP2's, tensor parallelism's, DeepSpeed's.
+    """
+    quieted = []
+    for child in module.modules():
+        for hooks in (child._forward_pre_hooks, child._forward_hooks):
+            for name, hook in hooks.items():
+                owner = getattr(hook, "__module__", None) or type(hook).__module__
+                if not owner.startswith(("torch.distributed.", "deepspeed.")):
+                    quieted.append((hooks, name, hook))
+    for hooks, name, hook in quieted:
+        hooks[name] = functools.partial(_unless_running, hook)
+    try:
+        yield
+    finally:
+        for hooks, name, hook in quieted:
+            if name in hooks:
+                hooks[name] = hook
+
+
+def _unless_running(hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return None if running() else hook(*args, **kwargs)
 
 
 @dataclass

@@ -117,8 +117,9 @@ def patch(
     for name in FAMILIES:
         importlib.import_module(f"dit_kernels.integrations.{name}")
     report = PatchReport(type(model).__name__)
-    for name, root in roots:
+    for _, root in roots:  # all of them first: they may share modules
         unpatch(root)
+    for name, root in roots:
         _Walk(root, name, tuple(ops), Fused(rounding), report, check).run()
         for kind, reason in LEFT_KINDS.items():
             if kind in ops:
@@ -226,7 +227,10 @@ class _Walk:
         if adapter.kind not in self.kinds:
             self.report.left += [(site, f"{adapter.kind} is not asked for") for site, _ in rows]
             return False
-        if not Site(module, name, adapter, rows, self.fused, self.report, self.check).put():
+        here = module.__dict__.get("_dit_kernels")
+        if isinstance(here, Site) and here.report is self.report:  # it has several names
+            here.rows += rows
+        elif not Site(module, name, adapter, rows, self.fused, self.report, self.check).put():
             self.report.left += [
                 (site, "its forward has been replaced already") for site, _ in rows
             ]

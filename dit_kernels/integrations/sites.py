@@ -46,7 +46,8 @@ class Site:
         self.module, self.name, self.adapter, self.fused = module, name, adapter, fused
         self.rows, self.report = rows, report
         self.original = MethodType(type(module).forward, module)
-        self.covers, self.serve = tuple(adapter.covers(module)), adapter.forward
+        self.serve = adapter.forward
+        self.covers = tuple((name, type(child(module, name))) for name in adapter.covers(module))
         self.processor = type(getattr(module, "processor", None))
         self.active = True
         self.check = check
@@ -77,8 +78,8 @@ class Site:
         return True
 
     def verify(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """At the first call with these dtypes: compare with the module's own code; go back if they differ."""
-        key = checking.key(args, kwargs)
+        """At the first call of its form: compare with the module's own code; go back if they differ."""
+        key = checking.key(args, kwargs, self.module.training)
         if key in self.checked or checking.impossible(args, kwargs):
             return
         with _checks:
@@ -92,6 +93,8 @@ class Site:
                 module=self.module,
                 replay=self.adapter.replay,
             )
+            if difference is checking.UNDECIDED:
+                return
             if difference is None:
                 self.checked.add(key)
                 return
@@ -113,6 +116,13 @@ class Site:
             del self.module.__dict__["_dit_kernels"]
 
 
+def child(module: nn.Module | None, name: str) -> nn.Module | None:
+    """A module below this one, by its dotted name."""
+    for part in name.split("."):
+        module = None if module is None else module._modules.get(part)
+    return module
+
+
 @functools.cache
 def _entry(kind: Any) -> Callable[..., Any]:
     """The forward of patched modules of one class.
@@ -126,14 +136,13 @@ def _entry(kind: Any) -> Callable[..., Any]:
         site = self._dit_kernels
         if not site.active or type(getattr(self, "processor", None)) is not site.processor:
             return site.original(*args, **kwargs)
-        for name in site.covers:
-            child = self
-            for part in name.split("."):
-                child = None if child is None else child._modules.get(part)
-            if child is not None and is_hooked(child):
+        for name, known in site.covers:
+            covered = child(self, name)
+            # another module than the one that was there, or hooks: neither is called by the site
+            if type(covered) is not known or (covered is not None and is_hooked(covered)):
                 return site.original(*args, **kwargs)
         if not torch.compiler.is_compiling():
-            if checking.running():
+            if checking.running() or checking.batched():
                 return site.original(*args, **kwargs)
             if site.check:
                 site.verify(args, kwargs)
