@@ -289,3 +289,15 @@ def test_modulation_that_is_no_row_a_sample_is_left() -> None:
     report = dit_kernels.patch(AdaLayerNorm(8, chunk_dim=0))
     assert not report.replaced
     assert ("", "its modulation is not a row a sample") in report.left
+
+
+@pytest.mark.parametrize("family", ["wan", "flux", "cogvideox"])
+def test_a_first_call_inside_a_checkpoint(family: str) -> None:
+    *models, given = twins(family)
+    found = []
+    for model in models:
+        model.enable_gradient_checkpointing()
+        out = output(model, given)
+        out.square().mean().backward()
+        found.append(out.detach())
+    close(found[1], found[0])
