@@ -146,8 +146,13 @@ def difference(
         ] + compared
     decided = False
     for what, *sides in compared:
+        # detached: a checkpoint counts what is kept for a backward
         leaves = [
-            [t for t in tree_leaves(side) if isinstance(t, Tensor) and t.is_floating_point()]
+            [
+                t.detach()
+                for t in tree_leaves(side)
+                if isinstance(t, Tensor) and t.is_floating_point()
+            ]
             for side in sides
         ]
         if len({len(found) for found in leaves}) != 1:
@@ -166,8 +171,7 @@ def difference(
             if not finite.any():
                 continue
             decided = decided or what == "its result"
-            # a checkpoint counts what is kept for a backward
-            got, plain, true = (t.detach().where(finite, 0) for t in (got, plain, true))
+            got, plain, true = (t.where(finite, 0) for t in (got, plain, true))
             worst, bound = testing.error(got, true), testing.allowed(plain, true)
             if not worst <= bound:
                 return f"{what} is off by {worst:.2e}, allowed {bound:.2e}"
