@@ -67,6 +67,12 @@ def fits(x: Tensor, weight: Tensor | None) -> bool:
     return weight is None or weight.dtype == x.dtype or autocast_dtype(x) is not None
 
 
+def normed_dtype(x: Tensor, norm: Any) -> torch.dtype:
+    """What the module's own norm makes of x; under autocast a float32 weight makes it float32."""
+    weight = getattr(norm, "weight", None)
+    return x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
+
+
 @dataclass(frozen=True)
 class Fused:
     """The ops with the numerics that `patch` was asked for."""

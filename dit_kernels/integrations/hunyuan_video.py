@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_kernels.integrations.fused import Fused, attend, fits, keeps_dtype
+from dit_kernels.integrations.fused import Fused, attend, fits, keeps_dtype, normed_dtype
 from dit_kernels.integrations.recognition import adapts
 from dit_kernels.integrations.shared import norm_rows, qk_rows
 
@@ -157,7 +157,8 @@ def attention(
         if self.norm_added_q is not None:
             c_q, c_k = fused.qk(c_q, c_k, self.norm_added_q, self.norm_added_k)
         q, k, v = (torch.cat(pair, dim=1) for pair in ((q, c_q), (k, c_k), (v, c_v)))
-    out = attend(self.processor, q, k, v, attention_mask).flatten(2, 3).to(q.dtype)
+    out = attend(self.processor, q, k, v, attention_mask).flatten(2, 3)
+    out = out.to(normed_dtype(q, self.norm_q))
     out, text = out[:, :-length], out[:, -length:]
     if getattr(self, "to_out", None) is not None:
         out = self.to_out[1](self.to_out[0](out))

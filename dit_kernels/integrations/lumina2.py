@@ -97,21 +97,21 @@ def sandwich(
     """x = x + tanh(gate) * inner(branch); (x, outer(x) * (1 + scale))"""
     return fused.gated_adaln(
         outer, x, branch, gate, None, scale,
-        gate_act="tanh", branch_norm="rms", branch_weight=inner.weight,
+        gate_act="tanh", branch_norm="rms", branch_weight=inner.weight, **rounding(fused, x, branch),
     )  # fmt: skip
 
 
 def closing(fused: Fused, inner: Any, x: Tensor, branch: Tensor, gate: Any) -> Tensor:
     """x + tanh(gate) * inner(branch)"""
     return fused.gated_residual(
-        x,
-        branch,
-        gate,
-        gate_act="tanh",
-        branch_norm="rms",
-        branch_weight=inner.weight,
-        eps=inner.eps,
-    )
+        x, branch, gate, gate_act="tanh", branch_norm="rms", branch_weight=inner.weight,
+        eps=inner.eps, **rounding(fused, x, branch),
+    )  # fmt: skip
+
+
+def rounding(fused: Fused, x: Tensor, branch: Tensor) -> dict[str, str]:
+    """Under autocast the norm of a 16-bit branch is float32, and stays it."""
+    return {"rounding": fused.rounding if branch.dtype == x.dtype else "once"}
 
 
 def turned(freqs: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_kernels.integrations.fused import Fused, attend_plainly, fits, keeps_dtype
+from dit_kernels.integrations.fused import Fused, attend_plainly, fits, keeps_dtype, normed_dtype
 from dit_kernels.integrations.recognition import Row, adapts
 from dit_kernels.integrations.shared import norm_rows, qk_rows
 
@@ -111,6 +111,6 @@ def attention(
         return self.to_out[1](self.to_out[0](out))
     length = hidden_states.shape[1]
     out, text = out[:, :length], out[:, length:]
-    if not self.context_pre_only:
-        text = self.to_add_out(text)
+    like = normed_dtype(q, self.norm_q)
+    text = text.to(like) if self.context_pre_only else self.to_add_out(text)
     return self.to_out[1](self.to_out[0](out)), text

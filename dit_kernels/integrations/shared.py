@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dit_kernels import ops
@@ -236,6 +237,8 @@ def patch_embed(fused: Fused, self: Any, video: Tensor, *args: Any, **kwargs: An
         return NotImplemented
     if any(length % p for length, p in zip(size, patch, strict=True)):
         return NotImplemented
+    if autocast_dtype(video) not in (None, video.dtype) and video.dtype != torch.float32:
+        return NotImplemented  # two roundings where the convolution has one
     tokens = ops.patch_embed(video, self.weight, self.bias)
     grid = [length // p for length, p in zip(size, patch, strict=True)]
     tokens = tokens.to(autocast_dtype(video) or video.dtype)

@@ -301,3 +301,23 @@ def test_a_first_call_inside_a_checkpoint(family: str) -> None:
         out.square().mean().backward()
         found.append(out.detach())
     close(found[1], found[0])
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["sd3.5", "hunyuan-video", "lumina2", "z-image"])
+def test_nothing_is_put_back_under_autocast(family: str, narrow: torch.dtype) -> None:
+    """There norms of 16-bit queries and branches are float32, and so may be what attention gives."""
+    for seed in range(3):
+        model, given = build(SMALL[family], seed=seed), inputs(SMALL[family], seed=seed)
+        report = dit_kernels.patch(model)
+        with torch.no_grad(), torch.autocast("cpu", narrow):
+            output(model, given)
+        assert Counter(op for _, op in report.replaced) == SMALL[family].rows
+
+
+def test_a_patch_embedding_rounds_once_under_autocast() -> None:
+    embed, video = nn.Conv2d(3, 8, 2, 2, dtype=torch.bfloat16), torch.randn(1, 3, 4, 4).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        want = embed(video)
+        dit_kernels.patch(embed)
+        assert torch.equal(embed(video), want)
