@@ -177,9 +177,9 @@ def has_own_forward(module: nn.Module) -> bool:
     return isinstance(forward, MethodType) and forward.__func__ is type(module).forward
 
 
-def is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module | None) -> bool:
     """Whether calling the module does more than its class's forward or a site's."""
-    return bool(
+    return module is not None and bool(
         module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_hooks

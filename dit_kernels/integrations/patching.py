@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from dit_kernels.integrations.fused import Fused, norm_of
+from dit_kernels.integrations.fused import Fused, is_hooked, norm_of
 from dit_kernels.integrations.recognition import (
     FORWARDS,
     PROCESSORS,
@@ -21,7 +22,7 @@ from dit_kernels.integrations.recognition import (
     processor_call,
     processor_of,
 )
-from dit_kernels.integrations.sites import Site, sites
+from dit_kernels.integrations.sites import Site, child, sites
 from dit_kernels.ops.arguments import check_choice
 
 KINDS = ("adaln", "qk_norm_rope", "patch_embed", "feed_forward")
@@ -46,7 +47,7 @@ class PatchReport:
     Args:
         model: the class of the model, or of the pipeline.
         replaced: (site, op), one for each op call that a forward makes there.
-        left: (site, reason).
+        left: (site, reason). What is replaced is here too where hooks keep it from running for now.
     """
 
     model: str
@@ -69,8 +70,20 @@ class PatchReport:
         width = max((len(site) for _, rows in tables for site, _, _ in rows), default=0)
         for heading, rows in tables:
             lines += ["", f"{'site':<{width}}  count  {heading}"]
-            lines += [f"{site:<{width}}  {count:>5}  {what}" for site, what, count in rows]
+            for site, what, count in rows:
+                lines += _row(f"{site:<{width}}  {count:>5}  ", what)
         return "\n".join(lines)
+
+
+def _row(start: str, what: str) -> list[str]:
+    """A line of the table; a long reason goes on below, within 80 columns."""
+    if len(start + what) <= 80:
+        return [start + what]
+    indent = len(start) if len(start) <= 40 else 4
+    below = textwrap.wrap(what, 80 - indent, break_long_words=False)
+    if indent == len(start):
+        return [start + below[0], *(" " * indent + line for line in below[1:])]
+    return [start.rstrip(), *(" " * indent + line for line in below)]
 
 
 def _grouped(rows: Sequence[tuple[str, str]]) -> list[tuple[str, str, int]]:
@@ -195,9 +208,9 @@ class _Walk:
                 continue
             placed = self.place(module, name, adapter)
             covered |= set(adapter.covers(module)) if placed else set()
-        for child_name, child in module.named_children():
+        for child_name, part in module.named_children():
             if child_name not in covered:
-                self.visit(child, f"{name}.{child_name}" if name else child_name)
+                self.visit(part, f"{name}.{child_name}" if name else child_name)
 
     def candidates(self, module: nn.Module) -> Iterator[tuple[Adapter | None, str]]:
         """The adapters of a module; or None and the reason, where it looks like a place for one."""
@@ -236,6 +249,14 @@ class _Walk:
             ]
             return False
         self.report.replaced += rows
+        hooked = [part for part in adapter.covers(module) if is_hooked(child(module, part))]
+        if hooked:
+            self.report.left.append(
+                (
+                    name,
+                    f"its {hooked[0]} has hooks: its own code runs for as long as they are there",
+                )
+            )
         return True
 
 

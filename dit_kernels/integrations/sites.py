@@ -139,7 +139,7 @@ def _entry(kind: Any) -> Callable[..., Any]:
         for name, known in site.covers:
             covered = child(self, name)
             # another module than the one that was there, or hooks: neither is called by the site
-            if type(covered) is not known or (covered is not None and is_hooked(covered)):
+            if type(covered) is not known or is_hooked(covered):
                 return site.original(*args, **kwargs)
         if not torch.compiler.is_compiling():
             if checking.running() or checking.batched():

@@ -321,3 +321,28 @@ def test_a_patch_embedding_rounds_once_under_autocast() -> None:
         want = embed(video)
         dit_kernels.patch(embed)
         assert torch.equal(embed(video), want)
+
+
+def test_the_report_is_80_columns_wide() -> None:
+    for family in SMALL:
+        report = dit_kernels.patch(build(SMALL[family]), ops=("adaln", "attention3d"))
+        text = str(report)
+        assert max(map(len, text.splitlines())) <= 80
+        words = " ".join(text.split())
+        assert all(reason in words for _, reason in report.left)
+
+
+def test_the_report_names_what_hooks_keep_from_running(count_ops: Counter) -> None:
+    model, given = build(WAN), inputs(WAN)
+    handle = model.blocks[0].norm1.register_forward_hook(lambda *_: None)
+    report = dit_kernels.patch(model, check=False)
+    assert report.left == [
+        ("blocks.0", "its norm1 has hooks: its own code runs for as long as they are there")
+    ]
+    with torch.no_grad():
+        output(model, given)
+        assert count_ops["gated_adaln"] == WAN.rows["gated_adaln"] // 2
+        handle.remove()
+        count_ops.clear()
+        output(model, given)
+    assert count_ops == WAN.rows
