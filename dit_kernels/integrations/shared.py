@@ -183,18 +183,22 @@ def rms_norm(fused: Fused, self: Any, hidden_states: Tensor) -> Any:
     weight = self.weight
     if weight is not None and weight.dtype != hidden_states.dtype:
         return NotImplemented
-    if hidden_states.dim() == 4:  # heads, as [B, N, H, D] or as a view [B, H, N, D]
-        turned = hidden_states.stride(1) < hidden_states.stride(2)
-        x = hidden_states.transpose(1, 2) if turned else hidden_states
-        y = fused.adaln(self, x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return y.transpose(1, 2) if turned else y
-    return fused.adaln(self, hidden_states) if hidden_states.dim() in (2, 3) else NotImplemented
+    return norm_alone(fused, self, hidden_states)
 
 
 @adapts("FP32LayerNorm", "d790ecdfc2e2", kind="adaln", rows=itself_rows)
 def fp32_layer_norm(fused: Fused, self: Any, inputs: Tensor) -> Any:
     """Without the casts to float32 and back."""
-    return fused.adaln(self, inputs, rounding="once") if inputs.dim() == 3 else NotImplemented
+    return norm_alone(fused, self, inputs, rounding="once")
+
+
+def norm_alone(fused: Fused, norm: Any, x: Tensor, **more: Any) -> Any:
+    if x.dim() == 4:  # heads, as [B, N, H, D] or as a view [B, H, N, D]
+        turned = x.stride(1) < x.stride(2)
+        heads = x.transpose(1, 2) if turned else x
+        y = fused.adaln(norm, heads.flatten(0, 1), **more).unflatten(0, heads.shape[:2])
+        return y.transpose(1, 2) if turned else y
+    return fused.adaln(norm, x, **more) if x.dim() in (2, 3) else NotImplemented
 
 
 def feed_forward_rows(module: Any) -> Sequence[Row] | str:

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from diffusers import hooks
-from diffusers.models.normalization import AdaLayerNorm
+from diffusers.models.normalization import AdaLayerNorm, FP32LayerNorm, RMSNorm
 from small_models import SMALL, build, inputs, output
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
@@ -346,3 +346,16 @@ def test_the_report_names_what_hooks_keep_from_running(count_ops: Counter) -> No
         count_ops.clear()
         output(model, given)
     assert count_ops == WAN.rows
+
+
+@pytest.mark.parametrize("kind", [FP32LayerNorm, RMSNorm])
+def test_a_norm_of_heads_runs_what_the_report_says(kind: type, count_ops: Counter) -> None:
+    norm = kind(8, 1e-5)
+    norm.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    heads = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(1))
+    shapes = (heads, heads.transpose(1, 2), heads[:, 0], heads[0, 0])
+    want = [norm(x) for x in shapes]
+    assert dit_kernels.patch(norm, check=False).replaced == [("", "adaln")]
+    for x, y in zip(shapes, want, strict=True):
+        close(norm(x).detach(), y.detach())
+    assert count_ops == {"adaln": len(shapes)}
