@@ -111,9 +111,10 @@ def patch(
             "feed_forward". "attention3d" is accepted, and left: attention stays with the model's own
             backend, as the report says of each place.
         rounding: "eager" rounds 16-bit values where the model's own code does, "once" only at the stores.
-        check: compare each site with the module's own code in float64 at its first call, and put that
-            back, with a warning, where the site is off by more than the accuracy rule allows. A first
-            call under torch.compile is not checked.
+        check: compare each site with the module's own code in float64 at its first call of each form
+            (dtypes and ranks of the tensors, train(), autocast), and put that back, with a warning, where
+            the site is off by more than the accuracy rule allows. A first call under torch.compile is not
+            checked.
 
     Returns:
         PatchReport: `replaced`, a list of (site, op); `left`, a list of (site, reason).
