@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +83,22 @@ def batched() -> bool:
 
 def key(args: Sequence[Any], kwargs: dict[str, Any], training: bool) -> Key:
     """What a verdict holds for: the dtypes and ranks of the tensors given, autocast, and train()."""
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    form = sorted((str(t.dtype), t.dim()) for t in tensors)
+    tensors: list[Tensor] = []
+    _collect(args, tensors)
+    _collect(kwargs.values(), tensors)
+    form = [(t.dtype, t.dim()) for t in tensors]
     return (*form, training, autocast_dtype(tensors[0]) if tensors else None)
+
+
+def _collect(values: Iterable[Any], tensors: list[Tensor]) -> None:
+    """The tensors among them, at any depth, as `tree_leaves` gives them; it costs more, and this is at every call."""
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, tuple | list):
+            _collect(value, tensors)
+        elif isinstance(value, dict):
+            _collect(value.values(), tensors)
 
 
 def impossible(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
