@@ -1,10 +1,12 @@
-"""Correct bfloat16 for Triton's interpreter. Imported only under TRITON_INTERPRET=1.
+"""Correct bfloat16 and int64 for Triton's interpreter. Imported only under TRITON_INTERPRET=1.
 
 The interpreter keeps bfloat16 as raw uint16. Upstream (3.6 to 3.9) it truncates float32 -> bfloat16
 instead of rounding to nearest even, and computes sums, products and `tl.dot` on the raw bits. Here the
 conversion rounds, `tl.dot` widens its operands, and every other arithmetic on bfloat16 is an error:
 a kernel computes in float32. A float32 `tl.dot` is rounded once: numpy's product rounds an element by its
 place in the tile, so that a backward would not find the scores of its forward, as it does on a GPU.
+A number that a kernel declares as int64 is one: upstream makes every small number an int32, whose products
+with others overflow where those of the compiled kernel don't.
 `tl.reduce` with a function of its own, which upstream calls for every element, works on halves of the axis.
 The language is patched once a launch: upstream does it again for every function that a kernel calls, which
 took half of the time of the tests.
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton._C.libtriton import ir
-from triton.runtime import interpreter
+from triton.runtime import interpreter, jit
 
 _builder = interpreter.InterpreterBuilder
 
@@ -43,6 +45,7 @@ def install() -> None:
     interpreter.ReduceOps.generic_reduce = _generic_reduce
     interpreter._patch_lang_tensor = _patch_lang_tensor
     interpreter._patch_lang = _patch_lang
+    interpreter.GridExecutor.__call__ = _launch
 
 
 _upstream_convert_float = interpreter._convert_float
@@ -50,6 +53,7 @@ _upstream_cast_impl = _builder.cast_impl
 _upstream_create_dot = _builder.create_dot
 _upstream_patch_lang_tensor = interpreter._patch_lang_tensor
 _upstream_patch_lang = interpreter._patch_lang
+_upstream_launch = interpreter.GridExecutor.__call__
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -133,6 +137,27 @@ def _not_on_bfloat16(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _error(what: str) -> TypeError:
     return TypeError(f"the Triton interpreter has no bfloat16 for {what}: convert to float32 first")
+
+
+@functools.cache
+def _declared_int64(kernel: Callable[..., Any]) -> frozenset[str]:
+    declared = kernel.__annotations__.items()
+    return frozenset(name for name, kind in declared if jit._normalize_ty(kind) == "i64")
+
+
+def _launch(grid: Any, *args: Any, **kwargs: Any) -> None:
+    declared = _declared_int64(grid.fn)
+
+    def number(name: str, value: Any) -> Any:
+        if name not in declared or not isinstance(value, int):
+            return value
+        return tl.tensor(interpreter.TensorHandle(np.array([value], np.int64), tl.int64), tl.int64)
+
+    _upstream_launch(
+        grid,
+        *(number(name, value) for name, value in zip(grid.arg_names, args, strict=False)),
+        **{name: number(name, value) for name, value in kwargs.items()},
+    )
 
 
 def _patch_lang_tensor(tensor: Any, *scope: Any) -> None:

@@ -1,4 +1,4 @@
-"""Interpreted bfloat16, bit for bit."""
+"""Interpreted bfloat16, bit for bit; int64."""
 
 import pytest
 import torch
@@ -157,3 +157,18 @@ def test_the_language_is_patched_once_a_launch(monkeypatch):
         assert y.tolist() == [64.0] * 3
         assert len(patched) == 2 * launches
         assert all(tl.core.is_builtin(f) for f in (tl.load, tl.core.load, tl.tensor.__add__))
+
+
+@triton.jit
+def _product_of_sizes_kernel(y_ptr, one: tl.int64, other, FACTOR: tl.constexpr):
+    tl.store(y_ptr, one * FACTOR)
+    tl.store(y_ptr + 1, other.to(tl.int64) * FACTOR)
+    tl.store(y_ptr + 2, one * other)
+
+
+def test_a_number_declared_as_int64_is_one():
+    product = torch.zeros(3, dtype=torch.int64)
+    _product_of_sizes_kernel[(1,)](product, 1 << 28, 1 << 28, FACTOR=8)
+    assert product.tolist() == [1 << 31, 1 << 31, 1 << 56]
+    _product_of_sizes_kernel[(1,)](product, other=3, one=-(1 << 30), FACTOR=4)
+    assert product.tolist() == [-(1 << 32), 12, -3 * (1 << 30)]
