@@ -39,10 +39,10 @@ demo: $(INSTALLED) ## Prompts to videos from the shipped weights, then every bac
 	@echo "  dit-kernels evaluate"
 
 test: $(INSTALLED) $(BUILT) ## All tests; no GPU is needed
-	$(BIN)/python -m pytest tests --ignore=tests/triton --ignore=tests/cuda
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
+	$(BIN)/python -m pytest tests --ignore=tests/triton --ignore=tests/cuda --ignore=tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton tests/kernels
 	$(BIN)/python -m benchmarks.audit --check
-	DIT_KERNELS_EMULATE=1 DIT_KERNELS_CUDA_ARCHS="$(ARCHS)" $(BIN)/python -m pytest tests/cuda
+	DIT_KERNELS_EMULATE=1 DIT_KERNELS_CUDA_ARCHS="$(ARCHS)" $(BIN)/python -m pytest tests/cuda tests/kernels
 	$(BIN)/python -m benchmarks.audit_cuda --check
 
 lint: $(INSTALLED) ## Formatting, lint and types

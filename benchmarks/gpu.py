@@ -183,6 +183,13 @@ STAGES = (
         no_gpu,
         {"OMP_NUM_THREADS": "1"},
     ),
+    Stage(
+        "matrix",
+        (*PYTEST, *PARALLEL, "tests/kernels"),
+        60,
+        no_gpu,
+        {"OMP_NUM_THREADS": "1"},
+    ),
     _sanitizer("memcheck"),
     _sanitizer("racecheck"),
     Stage("audit", _audit(), 30, no_gpu),

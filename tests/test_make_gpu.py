@@ -46,11 +46,11 @@ def python(code: str) -> tuple[str, ...]:
 
 
 BARE = """
-import sys
+import os, sys
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 ABSENT = {"safetensors", "typer", "rich", "diffusers", "av", "PIL", "sklearn", "matplotlib",
-          "pytest_benchmark", "transformers", "numpy"}
+          "pytest_benchmark", "transformers"}
 def found(cls, name, *args):
     return None if name.partition(".")[0] in ABSENT else find(name, *args)
 PathFinder.find_spec = classmethod(found)
@@ -60,7 +60,10 @@ from dit_kernels.models import DiT
 DiT(hidden_size=64, depth=1, num_heads=2, input_size=(1, 8, 8))
 assert bench_models._no_diffusers() == "diffusers is not installed"
 import pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", "tests/gpu"]))
+torch.cuda.is_available = lambda: True
+del os.environ["DIT_KERNELS_EMULATE"]  # the audit's
+collect = ["-q", "-p", "no:cacheprovider", "--collect-only", "tests/gpu", "tests/kernels"]
+sys.exit(pytest.main(collect))
 """
 
 
@@ -71,6 +74,8 @@ def test_what_a_bare_gpu_machine_runs_needs_torch_triton_and_pytest_only():
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert "test_training_step.py::test_replays" in run.stdout
+    assert "test_adaln_kernels.py::test_odd_sizes[triton-" in run.stdout
+    assert "test_adaln_kernels.py::test_odd_sizes[cuda-" in run.stdout
 
 
 def test_stages_are_picked_by_name(tmp_path, monkeypatch, capsys):
@@ -83,7 +88,7 @@ def test_stages_are_picked_by_name(tmp_path, monkeypatch, capsys):
         gpu.main(["tuna"])
     assert stopped.value.code == 2
     assert (
-        "no stage 'tuna'; there are peers build clock test memcheck racecheck"
+        "no stage 'tuna'; there are peers build clock test matrix memcheck racecheck"
         in capsys.readouterr().err
     )
 

@@ -3,14 +3,14 @@
 Lack of a GPU is the only reason to skip one.
 """
 
-import os
+from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from benchmarks import bench
-
-SECONDS = 120  # of one test, the compilers' work in it
+from tests.gpu.isolation import harms_no_other_test
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,14 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _harms_no_other_test():
-    """A kernel that hangs ends its process; so does an error that leaves a GPU on which nothing runs.
-
-    Under pytest-xdist the other tests go on in a new process.
-    """
-    with bench.ended_after(SECONDS, "cuda"):
+def _isolated() -> Iterator[None]:
+    with harms_no_other_test():
         yield
-    if bench.lost("cuda"):
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            os._exit(1)
-        pytest.exit("the GPU's context is lost: no later test can run", 1)

@@ -1,4 +1,4 @@
-"""The Triton kernels of qk_norm_rope, interpreted on the CPU."""
+"""QK-norm and rotation: `qk_norm_rope` of every backend."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ import pytest
 import torch
 
 from dit_kernels import ops, testing
-from dit_kernels.ops import triton_launch
 
+OP = "qk_norm_rope"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CASES = [case.name for case in testing.cases(torch.float32) if case.op == "qk_norm_rope"]
+NAMES = [case.name for case in testing.cases(torch.float32) if case.op == OP]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-
-
-def check(**kwargs):
-    case = testing.Case("qk_norm_rope", "", "qk_norm_rope", kwargs)
-    for measured in testing.measure(case, backend="triton"):
-        assert measured.ok, measured
 
 
 def angles(*shape):
@@ -30,19 +24,17 @@ def qk(*shape, k_heads=None):
 
 
 @every_dtype
-@pytest.mark.parametrize("name", CASES)
-def test_examples(name, dtype):
-    (case,) = [c for c in testing.cases(dtype) if c.op == "qk_norm_rope" and c.name == name]
-    for measured in testing.measure(case, backend="triton"):
-        assert measured.ok, measured
+@pytest.mark.parametrize("name", NAMES)
+def test_examples(check, example, name, dtype):
+    check(OP, **example(name, dtype).kwargs)
 
 
 @pytest.mark.parametrize("dim", [72, 112])
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
-def test_head_dims_in_parts(dim, layout):
+def test_head_dims_in_parts(check, dim, layout):
     x = qk(1, 9, 3, dim)
     weights = {"q_weight": torch.randn(dim), "k_weight": torch.randn(dim)}
-    check(**x, **weights, layout=layout, **angles(9, dim // 2))
+    check(OP, **x, **weights, layout=layout, **angles(9, dim // 2))
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
@@ -50,8 +42,9 @@ def test_head_dims_in_parts(dim, layout):
     ("dim", "sections", "rotated"), [(24, 3, 6), (15, 1, 4), (21, 3, 6), (12, 2, 6), (7, 1, 0)]
 )
 @pytest.mark.parametrize("norm", ["rms", "layer"])
-def test_sections_partial_and_odd(dim, sections, rotated, layout, norm):
+def test_sections_partial_and_odd(check, dim, sections, rotated, layout, norm):
     check(
+        OP,
         **qk(2, 5, 3, dim),
         norm=norm,
         q_weight=torch.randn(dim),
@@ -64,56 +57,66 @@ def test_sections_partial_and_odd(dim, sections, rotated, layout, norm):
 
 @pytest.mark.parametrize("heads", [12, 20, 5])
 @pytest.mark.parametrize("norm", ["rms", "layer"])
-def test_over_the_hidden_size(heads, norm):
+def test_over_the_hidden_size(check, heads, norm):
     x = qk(1, 5, heads, 28, k_heads=3)
     weights = {
         "q_weight": torch.randn(heads * 28),
         "q_bias": torch.randn(heads * 28),
         "k_weight": torch.randn(84),
     }
-    check(**x, **weights, over="hidden", norm=norm, act="relu", **angles(5, 14))
+    check(OP, **x, **weights, over="hidden", norm=norm, act="relu", **angles(5, 14))
 
 
 @pytest.mark.parametrize("over", ["head", "hidden"])
-def test_programs_that_walk_over_several_tiles(over, monkeypatch):
-    monkeypatch.setattr(triton_launch, "multiprocessors", lambda tensor: 1)
+@pytest.mark.usefixtures("one_multiprocessor")
+def test_programs_that_walk_over_several_tiles(check, over):
     x = torch.randn(1, 601, 3, 2, 8)
     weight = torch.randn(8 if over == "head" else 16)
-    check(q=x[:, :, 0], k=x[:, :, 1], over=over, q_weight=weight, k_weight=weight, **angles(601, 4))
+    check(
+        OP,
+        q=x[:, :, 0],
+        k=x[:, :, 1],
+        over=over,
+        q_weight=weight,
+        k_weight=weight,
+        **angles(601, 4),
+    )
 
 
 @pytest.mark.parametrize("rows", [(6, 8), (1, 6, 1, 8), (2, 6, 1, 8), (1, 6, 4, 8), (2, 6, 4, 8)])
 @pytest.mark.parametrize("norm", ["rms", None])
-def test_angles_of_every_form(rows, norm):
-    check(**qk(2, 9, 4, 16), norm=norm, rope_start=2, rope_len=6, **angles(*rows))
+def test_angles_of_every_form(check, rows, norm):
+    check(OP, **qk(2, 9, 4, 16), norm=norm, rope_start=2, rope_len=6, **angles(*rows))
 
 
-def test_angles_of_other_strides():
+def test_angles_of_other_strides(check):
     table = torch.rand(5, 2, 8)
-    check(**qk(2, 5, 2, 16), cos=table[:, 0], sin=table[:, 1])
-    check(**qk(2, 5, 2, 16), cos=table[:, 0], sin=table[:, 1].contiguous())
-    check(**qk(2, 5, 2, 8), cos=table[:, 0, ::2], sin=table[:, 1, ::2])
+    check(OP, **qk(2, 5, 2, 16), cos=table[:, 0], sin=table[:, 1])
+    check(OP, **qk(2, 5, 2, 16), cos=table[:, 0], sin=table[:, 1].contiguous())
+    check(OP, **qk(2, 5, 2, 8), cos=table[:, 0, ::2], sin=table[:, 1, ::2])
 
 
-def test_parameters_of_other_dtypes():
+def test_parameters_of_other_dtypes(check):
     x = {name: value.bfloat16() for name, value in qk(2, 5, 2, 16).items()}
     weights = {"q_weight": torch.randn(16), "k_weight": torch.randn(32)[::2].half()}
-    check(**x, **weights, **angles(5, 8))
-    check(**x, **weights, norm="layer", k_bias=torch.randn(16), rounding="eager", **angles(5, 8))
+    check(OP, **x, **weights, **angles(5, 8))
+    check(
+        OP, **x, **weights, norm="layer", k_bias=torch.randn(16), rounding="eager", **angles(5, 8)
+    )
 
 
 @every_dtype
 @pytest.mark.parametrize("over", ["head", "hidden"])
-def test_eager_rounding_is_accurate(over, dtype):
+def test_eager_rounding_is_accurate(check, over, dtype):
     width = 16 if over == "head" else 32
     options = {name: torch.randn(width).to(dtype) for name in ("q_weight", "q_bias", "k_weight")}
     x = {name: value.to(dtype) for name, value in qk(2, 5, 2, 16).items()}
-    check(**x, **options, over=over, act="relu", rounding="eager", **angles(5, 8))
+    check(OP, **x, **options, over=over, act="relu", rounding="eager", **angles(5, 8))
 
 
 @every_dtype
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
-def test_eager_rounding_is_equal_where_nothing_is_reduced(layout, dtype):
+def test_eager_rounding_is_equal_where_nothing_is_reduced(backend, layout, dtype):
     x = {name: value.to(dtype) for name, value in qk(2, 9, 2, 16).items()}
     kwargs = dict(
         **x,
@@ -125,16 +128,17 @@ def test_eager_rounding_is_equal_where_nothing_is_reduced(layout, dtype):
         rope_start=1,
         rope_len=7,
     )
-    got = testing.run("qk_norm_rope", kwargs, backward=False, backend="triton").all()
+    got = testing.run(OP, kwargs, backward=False, backend=backend).all()
     with testing.plain_torch():
-        expected = testing.run("qk_norm_rope", kwargs, backward=False).all()
+        expected = testing.run(OP, kwargs, backward=False).all()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def test_views():
+def test_views(check):
     wide = torch.randn(3, 2, 6, 40).permute(1, 2, 0, 3)
-    check(q=wide[..., :16], k=wide[:, :, :1, 20:36], **angles(6, 8))
+    check(OP, q=wide[..., :16], k=wide[:, :, :1, 20:36], **angles(6, 8))
     check(
+        OP,
         q=wide[..., ::2],
         k=wide[..., 1::2],
         over="hidden",
@@ -144,58 +148,59 @@ def test_views():
 
 
 @pytest.mark.parametrize("apart", [0, 3])
-def test_a_row_whose_heads_are_a_head_dim_apart_in_memory(apart):
+def test_a_row_whose_heads_are_a_head_dim_apart_in_memory(check, apart):
     """It lies in one piece only if its channels do: they are `apart` here."""
     memory = torch.randn(2 * 5 * 100)
     k = memory.as_strided((2, 5, 4, 16), (500, 100, 16, apart))
-    check(q=torch.randn(2, 5, 4, 16), k=k, over="hidden", k_weight=torch.randn(64), **angles(5, 8))
+    check(
+        OP, q=torch.randn(2, 5, 4, 16), k=k, over="hidden", k_weight=torch.randn(64), **angles(5, 8)
+    )
 
 
-def test_gradients_of_other_strides_and_of_one_output():
+@pytest.mark.parametrize("which", [0, 1])
+def test_gradients_of_other_strides_and_of_one_output(agree, which):
     values = {**qk(2, 5, 2, 16), "q_weight": torch.randn(16), "k_weight": torch.randn(16)}
     dy = torch.randn(2, 2, 16, 5).permute(0, 3, 1, 2)
 
-    def grads(backend: str | None, i: int, dtype: torch.dtype = torch.float32):
-        leaves = {
-            name: value.to(dtype, copy=True).requires_grad_() for name, value in values.items()
-        }
-        out = ops.qk_norm_rope(**leaves, backend=backend)[i]
+    def grads(served, dtype):
+        leaves = {n: value.to(dtype, copy=True).requires_grad_() for n, value in values.items()}
+        out = ops.qk_norm_rope(**leaves, backend=served)[which]
         return torch.autograd.grad(
             out, list(leaves.values()), dy.to(dtype), allow_unused=True, materialize_grads=True
         )
 
-    for i in (0, 1):
-        with testing.plain_torch():
-            eager = grads(None, i)
-        oracle = grads("reference", i, torch.float64)
-        for got, exact, rough in zip(grads("triton", i), oracle, eager, strict=True):
-            testing.assert_accurate(got, exact, rough)
+    agree(grads)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2, 16), (2, 0, 2, 16)])
-def test_empty(shape):
+def test_empty(backend, shape):
     x = {name: value.requires_grad_() for name, value in qk(*shape).items()}
     weight = torch.randn(16, requires_grad=True)
     table = {name: value.requires_grad_() for name, value in angles(shape[1], 8).items()}
-    q, k = ops.qk_norm_rope(**x, q_weight=weight, **table, backend="triton")
+    q, k = ops.qk_norm_rope(**x, q_weight=weight, **table, backend=backend)
     grads = torch.autograd.grad((q.sum() + k.sum()), [*x.values(), weight, *table.values()])
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
 
 
-def test_keys_of_no_tokens():
-    q, k = ops.qk_norm_rope(torch.randn(1, 3, 2, 8), torch.randn(1, 0, 2, 8), backend="triton")
+def test_keys_of_no_tokens(backend):
+    q, k = ops.qk_norm_rope(torch.randn(1, 3, 2, 8), torch.randn(1, 0, 2, 8), backend=backend)
     assert q.shape == (1, 3, 2, 8)
     assert k.shape == (1, 0, 2, 8)
 
 
-def test_deterministic():
-    kwargs = dict(**qk(2, 40, 2, 16), q_weight=torch.randn(16), **angles(40, 8))
-    first, second = (testing.run("qk_norm_rope", kwargs, backend="triton").all() for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+@pytest.mark.parametrize("dim", [16, 15])
+def test_same_bits_in_every_run(same_bits, dim):
+    same_bits(OP, **qk(2, 40, 2, dim), q_weight=torch.randn(dim), **angles(40, 7))
 
 
-def test_unsupported():
+@pytest.mark.parametrize("dim", [16, 15])
+def test_offsets_beyond_two_to_the_31(backend, dim, far):
+    x, table = torch.randn(2, 3, 2, dim).bfloat16(), angles(3, 7)
+    got, _ = ops.qk_norm_rope(far(x, 32, 16, 1), **table, backend=backend)
+    expected, _ = ops.qk_norm_rope(x, **table, backend=backend)
+    assert torch.equal(got, expected)
+
+
+def test_float64_is_not_served(backend):
     with pytest.raises(RuntimeError, match="float64"):
-        ops.qk_norm_rope(torch.randn(1, 2, 2, 8).double(), backend="triton")
-    with pytest.raises(RuntimeError, match="1 to 2048 channels"):
-        ops.qk_norm_rope(torch.randn(1, 1, 1, 4096), backend="triton")
+        ops.qk_norm_rope(torch.randn(1, 2, 2, 8).double(), backend=backend)
