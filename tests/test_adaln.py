@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_kernels import ops
+from dit_kernels.ops.adaln import tokens
 
 B, N, C = 2, 12, 48
 
@@ -66,6 +67,14 @@ def test_gradients_come_in_the_modulations_own_shape():
     # every token adds one to its own row
     expected = torch.bincount(index.flatten(), minlength=5).double()
     torch.testing.assert_close(shift.grad[:, 0], expected)
+
+
+def test_a_backward_by_row_index_has_programs_for_the_rows_of_the_longest_modulation():
+    x, gate, shift, index = randn(B, N, C), randn(3, C), randn(5, C), torch.zeros(B, N).int()
+    layout, _ = tokens.arrange((x,), (gate, shift), index)
+    cut = tokens.cut_backward(layout, (gate, None, shift), index, resident=4)
+    order, row, *_, first = tokens.segments(index, cut.rows, cut.chunk)
+    assert (cut.rows, len(first), len(row), len(order)) == (5, 6, cut.programs, B * N)
 
 
 def test_tables_are_added_to_every_row():

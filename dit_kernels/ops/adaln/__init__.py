@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_kernels.ops.adaln import reference
+from dit_kernels.ops.adaln import lists, reference
 from dit_kernels.ops.arguments import (
     check_choice,
     check_eps,
@@ -287,14 +287,10 @@ def _table_alone(
 
 def _fake(residual: Tensor | None, x: Tensor, *args: object) -> list[Tensor]:
     *_, shift2, scale2, _, _, _, norm, _, branch_norm, _, _, stats = args
-    like = x if residual is None else residual
-    count = (residual is not None) + (norm != "none") + (shift2 is not None or scale2 is not None)
-    outputs = [like.new_empty(x.shape) for _ in range(count)]
-    if stats:
-        exact = torch.promote_types(like.dtype, torch.float32)
-        rows = (branch_norm != "none") + {"none": 0, "rms": 1, "layer": 2}[str(norm)]
-        outputs += [x.new_empty(x.shape[:-1], dtype=exact) for _ in range(rows)]
-    return outputs
+    exact = torch.promote_types(x.dtype if residual is None else residual.dtype, torch.float32)
+    two = shift2 is not None or scale2 is not None
+    made = lists.made(residual, x, two, str(norm), str(branch_norm), bool(stats), exact)
+    return [t for t in made if t is not None]
 
 
 _op = FusedOp(

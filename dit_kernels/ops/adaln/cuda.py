@@ -14,14 +14,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from dit_kernels.ops import cuda_extension
+from dit_kernels.ops import cuda_extension, gradients
+from dit_kernels.ops.adaln import lists
 from dit_kernels.ops.adaln.tokens import (
+    Cut,
     Modulation,
     Tokens,
     arrange,
     chunk_tokens,
+    cut_backward,
     segments,
 )
+from dit_kernels.ops.strides import adjacent
 
 # 16-byte vectors of a row in a thread that there are kernels for, the dtype's bytes and the most threads
 Kernels = dict[int, tuple[tuple[int, ...], int]]
@@ -74,33 +78,20 @@ def forward(
     rounding: str,
     stats: bool,
 ) -> list[Tensor]:
-    like = x if residual is None else residual
-    out = y = y2 = branch_rstd = mean = rstd = None
-    if residual is not None:
-        out = like.new_empty(x.shape)
-    if norm != "none":
-        y = like.new_empty(x.shape)
-        if shift2 is not None or scale2 is not None:
-            y2 = like.new_empty(x.shape)
-    if stats:
-        if branch_norm == "rms":
-            branch_rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
-        if norm == "layer":
-            mean = x.new_empty(x.shape[:2], dtype=torch.float32)
-        if norm != "none":
-            rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
-    results = [t for t in (out, y, y2, branch_rstd, mean, rstd) if t is not None]
+    two = shift2 is not None or scale2 is not None
+    made = lists.made(residual, x, two, norm, branch_norm, stats)
+    results = [t for t in made if t is not None]
     if x.numel() == 0:
         return results
 
     tensors: tuple[Tensor | None, ...] = (
         residual, x, gate, shift, scale, shift2, scale2,
-        gate_table if gate_table is None else _vector(gate_table),
-        branch_weight if branch_weight is None else _vector(branch_weight),
-        shift_table if shift_table is None else _vector(shift_table),
-        scale_table if scale_table is None else _vector(scale_table),
-        weight if weight is None else _vector(weight),
-        bias if bias is None else _vector(bias),
+        gate_table if gate_table is None else adjacent(gate_table),
+        branch_weight if branch_weight is None else adjacent(branch_weight),
+        shift_table if shift_table is None else adjacent(shift_table),
+        scale_table if scale_table is None else adjacent(scale_table),
+        weight if weight is None else adjacent(weight),
+        bias if bias is None else adjacent(bias),
         row_index if row_index is None else row_index.contiguous(),
     )  # fmt: skip
     kernels = cuda_extension.kernels()
@@ -111,18 +102,11 @@ def forward(
             _plans.clear()
         form = (_NORMS[norm], gate_act == "tanh", branch_norm == "rms", rounding == "eager")
         plan = _plans[key] = _forward_plan(tensors, form, eps)
-    kernels.adaln_forward(
-        *cuda_extension.where(x), plan, *tensors, out, y, y2, branch_rstd, mean, rstd
-    )
+    kernels.adaln_forward(*cuda_extension.where(x), plan, *tensors, *made)
     return results
 
 
 _plans: dict[Any, Any] = {}
-
-
-def _vector(v: Tensor | None) -> Tensor | None:
-    """A weight or table is [C]: nothing next to the tokens."""
-    return v if v is None or v.stride(0) == 1 else v.contiguous()
 
 
 def _forward_plan(tensors: Sequence[Tensor | None], form: tuple[Any, ...], eps: float) -> Any:
@@ -247,24 +231,15 @@ def backward(
         residual, x, gate, gate_table, branch_weight, shift, scale, shift_table, scale_table, shift2,
         scale2, weight, bias, row_index,
     )  # fmt: skip
-    given, kept = iter(grads), iter(saved)
-    dout = next(given) if residual is not None else None
-    dy = next(given) if norm != "none" else None
-    dy2 = next(given) if shift2 is not None or scale2 is not None else None
-    stream = None  # what was normalised
-    if norm != "none":
-        stream = x if residual is None else next(kept)
-    branch_rstd = next(kept) if branch_norm == "rms" else None
-    mean = next(kept) if norm == "layer" else None
-    rstd = next(kept) if norm != "none" else None
-    if dy is None and dy2 is None:
-        norm, stream, mean, rstd = "none", None, None, None
-    if x.numel() == 0 or (dout is None and norm == "none"):
-        return [
-            torch.zeros_like(t, memory_format=torch.contiguous_format)
-            for t, need in zip(inputs, needs, strict=True)
-            if need and t is not None
-        ]
+    results = gradients.empty(inputs, needs)
+    two = shift2 is not None or scale2 is not None
+    dout, dy, dy2, stream, branch_rstd, mean, rstd = lists.given(
+        grads, saved, residual, x, two, norm, branch_norm
+    )
+    if stream is None:
+        norm = "none"
+    if x.numel() == 0 or (dout is None and stream is None):
+        return [t.zero_() for t in results if t is not None]
 
     kernels, where = cuda_extension.kernels(), cuda_extension.where(x)
     layouts = kernels.key(*inputs, dout, dy, dy2, stream)
@@ -278,45 +253,39 @@ def backward(
         )
         _backward_plans[key] = plan
 
-    results: list[Tensor | None] = [None] * 14
-    for i in plan.wanted:
-        like = cast(Tensor, inputs[i])
-        results[i] = like.new_empty(like.shape)
     for i in plan.zeros:
         cast(Tensor, results[i]).zero_()
     order = begin = end = first = workspace = None
-    if plan.by_row and row_index is not None:
-        order, _, begin, end, first = segments(row_index, plan.by_row, plan.chunk)
+    cut = plan.cut
+    if cut.rows and row_index is not None:
+        order, _, begin, end, first = segments(row_index, cut.rows, cut.chunk)
         row_index = row_index.contiguous()
     if plan.sums:
-        workspace = x.new_empty((plan.sums, plan.blocks, x.shape[2]), dtype=torch.float32)
+        workspace = x.new_empty((plan.sums, cut.programs, x.shape[2]), dtype=torch.float32)
     kernels.adaln_backward(
         *where, plan.plan, dout, dy, dy2, stream, x if plan.reads_branch else None, gate, scale, scale2,
-        *[None if i is None else _vector(inputs[i]) for i in plan.reads], row_index, branch_rstd, mean,
+        *[None if i is None else adjacent(inputs[i]) for i in plan.reads], row_index, branch_rstd, mean,
         rstd, order, begin, end, *[None if i is None else results[i] for i in plan.targets], workspace,
     )  # fmt: skip
-    if plan.gradients:
+    if plan.totals:
         kernels.adaln_backward_sums(
-            *where, plan.stages, workspace, first, [results[i] for i in plan.gradients]
+            *where, plan.stages, workspace, first, [results[i] for i in plan.totals]
         )
-    return [cast(Tensor, results[i]) for i in plan.wanted]
+    return [t for t in results if t is not None]
 
 
 class _BackwardPlan(NamedTuple):
     """What a backward is but for its tensors; these by their place among the op's arguments."""
 
     plan: Any
-    wanted: list[int]  # whose gradient is asked for
-    zeros: list[int]  # and is zero
+    zeros: list[int]  # whose gradient is asked for, and is zero
     reads_branch: bool
     reads: list[int | None]  # gate_table, branch_weight, scale_table, weight, bias
     targets: list[int | None]  # the kernel's results: d(residual), d(branch), rows a token, sums
     sums: int  # rows of the workspace
     stages: Any  # the second stage
-    gradients: list[int]  # and what it gives
-    blocks: int
-    chunk: int
-    by_row: int  # rows that row_index may name
+    totals: list[int]  # and what it gives
+    cut: Cut
 
 
 _backward_plans: dict[Any, _BackwardPlan] = {}
@@ -341,7 +310,7 @@ def _backward_plan(
         name for (name, t), need in zip(named.items(), needs, strict=True) if need and t is not None
     }
     residual, x, row_index = named["residual"], cast(Tensor, named["x"]), named["row_index"]
-    samples, length, channels = x.shape
+    channels = x.shape[2]
     like = x if residual is None else residual
     gated, branch_rms = residual is not None, branch_norm == "rms"
     reads_branch = gated and (
@@ -355,7 +324,7 @@ def _backward_plan(
     form = dict(zip(_FORMS, forms, strict=True))
     normed = norm != "none"
     use = (True, True, True, normed, normed and bool(wanted & {"scale", "scale_table", "scale2"}))
-    read = [_vector(named[name]) if used else None for name, used in zip(_READ, use, strict=True)]
+    read = [adjacent(named[name]) if used else None for name, used in zip(_READ, use, strict=True)]
     rows = [named[name] for name in ("gate", "scale", "scale2")]
     extra = dy2 is not None or branch_rms or any(v is not None for v in read[3:])
     extra = extra or bool(wanted & {"weight", "bias"})
@@ -370,15 +339,7 @@ def _backward_plan(
     row = _fit(row, ring * held + sums, x)
 
     resident = max(1, 32 * _RESIDENT_BACKWARD // row[1]) * cuda_extension.multiprocessors(x)
-    by_row = 0
-    if row_index is not None and any(m.form == "index" for m in forms):
-        by_row = next(m.shape[0] for m in modulations.values() if m is not None)
-    segment = samples * length if by_row else tokens.segment
-    chunk = chunk_tokens(samples * length, segment, resident, 128)
-    chunks = -(-tokens.segment // chunk)
-    blocks = tokens.samples * (tokens.length // tokens.segment) * chunks
-    if by_row:
-        blocks = samples * length // chunk + by_row
+    cut = cut_backward(tokens, modulations.values(), row_index, resident)
 
     # where each column sum goes: straight to the gradient where one block has the whole of it
     alive = {"gate": gated, "shift": dy is not None, "scale": dy is not None}
@@ -389,13 +350,13 @@ def _backward_plan(
     zeros: list[int] = []
     summed: list[str] = []
     stages: list[tuple[int, int, int]] = []
-    gradients: list[int] = []
+    totals: list[int] = []
 
     def second_stage(name: str, gradient: str, groups: int, per_group: int) -> None:
         if name not in summed:
             summed.append(name)
         stages.append((summed.index(name), groups, per_group))
-        gradients.append(at[gradient])
+        totals.append(at[gradient])
 
     for name in _SUMS:
         table = f"{name}_table"
@@ -404,24 +365,23 @@ def _backward_plan(
             continue
         if name not in form:
             if name in wanted:
-                second_stage(name, name, 1, blocks)
+                second_stage(name, name, 1, cut.programs)
             continue
         m = form[name]
         if name in wanted and m.form == "token":
             direct[name] = at[name]
         elif name in wanted:
-            per_group = 0 if by_row else m.length // tokens.segment * chunks
+            per_group = 0 if cut.rows else m.length // tokens.segment * cut.chunks
             if per_group == 1 and table not in wanted and row[0]:
                 destination[name] = at[name]
             else:
                 groups = cast(Tensor, named[name]).numel() // channels
                 second_stage(name, name, groups, per_group)
         if table in wanted:
-            second_stage(name, table, 1, blocks)
-    dx = at["residual"] if gated else at["x"]
-    order = [i for i, name in enumerate(_ARGUMENTS) if name in wanted]
+            second_stage(name, table, 1, cut.programs)
+    dx = "residual" if gated else "x"
     targets: list[int | None] = [
-        dx if dx in order else None,
+        at[dx] if dx in wanted else None,
         at["x"] if gated and "x" in wanted else None,
         *(direct.get(n) for n in _FORMS),
         *(destination.get(n) for n in _SUMS),
@@ -431,15 +391,14 @@ def _backward_plan(
     plan = cuda_extension.kernels().AdalnBackward(
         (tokens.samples, tokens.length, channels, *row),
         (_NORMS[norm], gate_act == "tanh", branch_rms, rounding == "eager"), eps,
-        tokens.segment, chunk, ring, blocks,
+        tokens.segment, cut.chunk, ring, cut.programs,
         [_tokens(tokens, t) for t in (dout, dy, dy2, stream, branch)],
         [_rows(form[n], t) for n, t in zip(("gate", "scale", "scale2"), rows, strict=True)],
         [code(v) for v in read], codes,
         [summed.index(name) if name in summed else -1 for name in _SUMS],
     )  # fmt: skip
     return _BackwardPlan(
-        plan, order, zeros, reads_branch,
+        plan, zeros, reads_branch,
         [None if v is None else at[name] for name, v in zip(_READ, read, strict=True)], targets,
-        len(summed), cuda_extension.kernels().AdalnSums(channels, blocks, stages), gradients, blocks,
-        chunk, by_row,
+        len(summed), cuda_extension.kernels().AdalnSums(channels, cut.programs, stages), totals, cut,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -108,6 +108,32 @@ def vector(strides: Sequence[tuple[int, int, int]]) -> tuple[int, bool]:
             return 1, False
         bits |= outer | inner
     return bits & -bits, True
+
+
+class Cut(NamedTuple):
+    """How the programs of a backward share the tokens."""
+
+    chunk: int  # tokens of one
+    chunks: int  # of a segment
+    programs: int
+    rows: int  # that row_index may name where it orders the tokens (see `segments`), else 0
+
+
+def cut_backward(
+    tokens: Tokens,
+    modulations: Iterable[Tensor | None],
+    row_index: Tensor | None,
+    resident: int,
+) -> Cut:
+    """Each program has tokens of one segment; with row_index tokens of one row, of as many as a modulation has."""
+    total = tokens.samples * tokens.length
+    rows = 0
+    if row_index is not None:
+        rows = max((m.shape[0] for m in modulations if m is not None), default=0)
+    chunk = chunk_tokens(total, total if rows else tokens.segment, resident, 128)
+    chunks = -(-tokens.segment // chunk)
+    programs = total // chunk + rows if rows else total // tokens.segment * chunks
+    return Cut(chunk, chunks, programs, rows)
 
 
 def segments(row_index: Tensor, rows: int, chunk: int) -> tuple[Tensor, ...]:

@@ -24,11 +24,13 @@ import torch
 import triton
 from torch import Tensor
 
-from dit_kernels.ops import triton_launch, triton_tuning
+from dit_kernels.ops import gradients, triton_launch, triton_tuning
+from dit_kernels.ops.adaln import lists
 from dit_kernels.ops.adaln.tiling import Config, configure, split_row
-from dit_kernels.ops.adaln.tokens import arrange, chunk_tokens, segments, vector
+from dit_kernels.ops.adaln.tokens import arrange, chunk_tokens, cut_backward, segments, vector
 from dit_kernels.ops.adaln.triton_backward import adaln_bwd_kernel, adaln_bwd_sums_kernel
 from dit_kernels.ops.adaln.triton_forward import adaln_fwd_kernel
+from dit_kernels.ops.strides import adjacent
 
 
 def _candidates(key: triton_tuning.Key, default: Config) -> list[Config]:
@@ -48,11 +50,6 @@ def supports(*args: Any) -> str | None:
     if args[1].shape[-1] > 16384:
         return f"a row has at most 16384 channels; got {args[1].shape[-1]}"
     return triton_launch.unsupported(args[:14])
-
-
-def _vector(v: Tensor | None) -> Tensor | None:
-    """A weight or table is [C]: nothing next to the tokens."""
-    return v if v is None or v.stride(0) == 1 else v.contiguous()
 
 
 def forward(
@@ -77,35 +74,20 @@ def forward(
     rounding: str,
     stats: bool,
 ) -> list[Tensor]:
-    like = x if residual is None else residual
-    out = y = y2 = branch_rstd = mean = rstd = None
-    if residual is not None:
-        out = like.new_empty(x.shape)
-    if norm != "none":
-        y = like.new_empty(x.shape)
-        if shift2 is not None or scale2 is not None:
-            y2 = like.new_empty(x.shape)
-    if stats:
-        if branch_norm == "rms":
-            branch_rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
-        if norm == "layer":
-            mean = x.new_empty(x.shape[:2], dtype=torch.float32)
-        if norm != "none":
-            rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
-    results = [t for t in (out, y, y2, branch_rstd, mean, rstd) if t is not None]
+    two = shift2 is not None or scale2 is not None
+    made = lists.made(residual, x, two, norm, branch_norm, stats)
+    results = [t for t in made if t is not None]
     if x.numel() == 0:
         return results
 
     tensors = (
-        residual, x, gate, _vector(gate_table), _vector(branch_weight), shift, scale,
-        _vector(shift_table), _vector(scale_table), shift2, scale2, _vector(weight), _vector(bias),
+        residual, x, gate, adjacent(gate_table), adjacent(branch_weight), shift, scale,
+        adjacent(shift_table), adjacent(scale_table), shift2, scale2, adjacent(weight), adjacent(bias),
         None if row_index is None else row_index.contiguous(),
     )  # fmt: skip
     statics = (norm, gate_act, branch_norm, eps, rounding)
     plan = _plans(tensors, *statics, stats)
-    triton_launch.run(
-        adaln_fwd_kernel, plan, *tensors, out, y, y2, branch_rstd, mean, rstd
-    )  # fmt: skip
+    triton_launch.run(adaln_fwd_kernel, plan, *tensors, *made)
     return results
 
 
@@ -183,59 +165,40 @@ def backward(
         scale=scale, shift_table=shift_table, scale_table=scale_table, shift2=shift2, scale2=scale2,
         weight=weight, bias=bias, row_index=row_index,
     )  # fmt: skip
-    wanted = {
-        name: t
-        for (name, t), need in zip(inputs.items(), needs, strict=True)
-        if need and t is not None
-    }
-    given, kept = iter(grads), iter(saved)
-    gated, normed, branch_rms = residual is not None, norm != "none", branch_norm == "rms"
-    dout = next(given) if gated else None
-    dy = next(given) if normed else None
-    dy2 = next(given) if shift2 is not None or scale2 is not None else None
-    stream = (next(kept) if gated else x) if normed else None  # what was normalised
-    branch_rstd = next(kept) if branch_rms else None
-    mean = next(kept) if norm == "layer" else None
-    rstd = next(kept) if normed else None
-    if dy is None and dy2 is None:
+    results = zip(inputs, gradients.empty(inputs.values(), needs), strict=True)
+    result = {name: t for name, t in results if t is not None}
+    two = shift2 is not None or scale2 is not None
+    dout, dy, dy2, stream, branch_rstd, mean, rstd = lists.given(
+        grads, saved, residual, x, two, norm, branch_norm
+    )
+    if stream is None:
         norm = "none"
-    if x.numel() == 0 or (dout is None and norm == "none"):
-        return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in wanted.values()]
+    if x.numel() == 0 or (dout is None and stream is None):
+        return [t.zero_() for t in result.values()]
 
-    samples, length, channels = x.shape
+    channels = x.shape[2]
     modulations = dict(gate=gate, shift=shift, scale=scale, shift2=shift2, scale2=scale2)
-    branch = x if gated and (branch_rms or wanted.keys() & {"gate", "gate_table"}) else None
-    stream = stream if norm != "none" else None
+    gated, branch_rms = residual is not None, branch_norm == "rms"
+    branch = x if gated and (branch_rms or result.keys() & {"gate", "gate_table"}) else None
     tokens, forms = arrange(
         (dout, dy, dy2, stream, branch), list(modulations.values()), row_index, 2
     )
     form = dict(zip(modulations, forms, strict=True))
-    sums = len(wanted.keys() & {"branch_weight", "weight", "bias"})
+    sums = len(result.keys() & {"branch_weight", "weight", "bias"})
     for name, m in form.items():
-        sums += f"{name}_table" in wanted or (name in wanted and m.form != "token")
+        sums += f"{name}_table" in result or (name in result and m.form != "token")
     config = configure(channels, "backward", sums)
     config = triton_tuning.choose("adaln.backward", (channels, sums), config)
     resident = max(1, config.resident // config.num_warps) * triton_launch.multiprocessors(x)
-    by_row = row_index is not None and any(m.form == "index" for m in forms)
-    chunk = chunk_tokens(
-        samples * length, samples * length if by_row else tokens.segment, resident, 128
-    )
-    chunks = -(-tokens.segment // chunk)
-    per_sample = tokens.length // tokens.segment * chunks
-    programs = tokens.samples * per_sample
+    cut = cut_backward(tokens, modulations.values(), row_index, resident)
+    by_row = cut.rows > 0
     order = row = begin = end = first = None
     if row_index is not None and by_row:
-        n_rows = next(m.shape[0] for m in modulations.values() if m is not None)
-        order, row, begin, end, first = segments(row_index, n_rows, chunk)
-        programs = row.shape[0]
+        order, row, begin, end, first = segments(row_index, cut.rows, cut.chunk)
         form = {
             name: m._replace(form="group") if m.form == "index" else m for name, m in form.items()
         }
 
-    result = {
-        name: torch.empty_like(t, memory_format=torch.contiguous_format)
-        for name, t in wanted.items()
-    }
     dresidual, dbranch = (
         (result.get("residual"), result.get("x")) if gated else (result.get("x"), None)
     )
@@ -257,22 +220,22 @@ def backward(
         if out is not None and m.form == "token":
             direct[name] = out
         elif out is not None:
-            per_group = 0 if by_row else m.length // tokens.segment * chunks
+            per_group = 0 if by_row else m.length // tokens.segment * cut.chunks
             summed.append(name)
             stages.setdefault((per_group, out.numel() // channels), []).append((name, out))
         if table is not None:
             if name not in summed:
                 summed.append(name)
-            stages.setdefault((programs, 1), []).append((name, table))
+            stages.setdefault((cut.programs, 1), []).append((name, table))
     for name in ("branch_weight", "weight", "bias"):
         if name in result:
             if name != "branch_weight" and norm == "none":
                 result[name].zero_()
             else:
                 summed.append(name)
-                stages.setdefault((programs, 1), []).append((name, result[name]))
+                stages.setdefault((cut.programs, 1), []).append((name, result[name]))
     if summed:
-        workspace = x.new_empty((len(summed), programs, channels), dtype=torch.float32)
+        workspace = x.new_empty((len(summed), cut.programs, channels), dtype=torch.float32)
         destination.update(zip(summed, workspace.unbind(), strict=True))
 
     strides = {
@@ -286,13 +249,14 @@ def backward(
     eager = rounding == "eager"
     scaled = "scale" in direct or "scale" in destination or "scale2" in direct or "scale2" in destination  # fmt: skip
     triton_launch.launch(
-        adaln_bwd_kernel, (programs,),
+        adaln_bwd_kernel, (cut.programs,),
         dout, dy, dy2, stream, branch,
-        gate, _vector(gate_table), _vector(branch_weight), scale, _vector(scale_table), scale2,
-        _vector(weight), _vector(bias) if scaled else None, branch_rstd, mean, rstd, order, row, begin, end,
+        gate, adjacent(gate_table), adjacent(branch_weight), scale, adjacent(scale_table), scale2,
+        adjacent(weight), adjacent(bias) if scaled else None, branch_rstd, mean, rstd, order, row, begin, end,
         dresidual, dbranch, *(direct.get(name) for name in form),
         *(destination.get(name) for name in (*form, "branch_weight", "weight", "bias")),
-        length if by_row else tokens.length, per_sample, tokens.segment, chunks, chunk,
+        x.shape[1] if by_row else tokens.length, tokens.length // tokens.segment * cut.chunks,
+        tokens.segment, cut.chunks, cut.chunk,
         *(s for three in strides.values() for s in _in_vectors(three, vec)),
         *(s for m in ("gate", "scale", "scale2") for s in (*_in_vectors(form[m][1:4], vec), form[m].length)),
         channels, config.parts, vec, unit,
