@@ -1,4 +1,7 @@
-"""Every backend that runs on this GPU, on every example input and on the shapes of real models."""
+"""Every backend that runs on this GPU, on the shapes of real models, in CUDA graphs and twice.
+
+Forms, dtypes, sizes and strides are in tests/kernels, which runs on a GPU too.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ from benchmarks.cases import cases_for
 from benchmarks.shapes import SHAPES, SWEEPS
 from dit_kernels import backends, ops, testing
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {case.id: case for case in testing.cases(torch.float32)}
 KERNELS = [(name, backend) for name, case in NAMES.items() for backend in backends.TABLE[case.op]]
 # the packed batches are in the sweeps only
@@ -29,12 +31,8 @@ MODELS = [
 
 
 @functools.cache
-def examples(dtype: torch.dtype) -> dict[str, testing.Case]:
-    return {case.id: case for case in testing.cases(dtype, "cuda")}
-
-
-def example(name: str, dtype: torch.dtype) -> testing.Case:
-    return examples(dtype)[name]
+def examples() -> dict[str, testing.Case]:
+    return {case.id: case for case in testing.cases(torch.bfloat16, "cuda")}
 
 
 def who_serves(case: testing.Case, backend: str) -> str:
@@ -63,14 +61,6 @@ def replayed(run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("name", "backend"), KERNELS, ids=lambda value: value)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_examples(name, backend, dtype):
-    case = example(name, DTYPES[dtype])
-    for measured in testing.measure(case, backend=who_serves(case, backend)):
-        assert measured.ok, measured
-
-
 @pytest.mark.parametrize(("shape", "name", "backend"), MODELS, ids=lambda value: value)
 def test_models_shapes(shape, name, backend):
     """The channels, heads and windows of each model, on few tokens."""
@@ -83,7 +73,7 @@ def test_models_shapes(shape, name, backend):
 
 @pytest.mark.parametrize(("name", "backend"), KERNELS, ids=lambda value: value)
 def test_forward_and_backward_replay_from_a_graph(name, backend):
-    case = example(name, torch.bfloat16)
+    case = examples()[name]
     options: dict[str, Any] = {"backend": who_serves(case, backend)}
     if case.op == "attention3d":
         options["deterministic"] = True
@@ -115,7 +105,7 @@ def test_forward_and_backward_replay_from_a_graph(name, backend):
 
 @pytest.mark.parametrize(("name", "backend"), KERNELS, ids=lambda value: value)
 def test_gradients_are_deterministic(name, backend):
-    case = example(name, torch.bfloat16)
+    case = examples()[name]
     options: dict[str, Any] = {"backend": who_serves(case, backend)}
     if case.op == "attention3d":
         options["deterministic"] = True
