@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dit_kernels.nn import NORMS, QK_NORMS, DiTBlock
+from dit_kernels.nn.attention import QK_NORMS
+from dit_kernels.nn.block import DiTBlock
+from dit_kernels.nn.checks import NORMS
 from dit_kernels.ops.arguments import FLOATS, autocast_dtype, check_choice, check_eps, triple
 
 if TYPE_CHECKING:

@@ -26,9 +26,8 @@ from dit_kernels.nn import (
     LabelEmbedder,
     PatchEmbed3D,
     TimestepEmbedder,
-    prefix_lengths,
-    real_first,
 )
+from dit_kernels.nn.embedding import prefix_lengths, real_first
 from dit_kernels.ops.arguments import triple
 
 Grid = tuple[int, int, int]
