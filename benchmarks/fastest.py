@@ -7,7 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 
-from benchmarks.bench import Row
+from benchmarks.record import Row
 from benchmarks.runs import Run, grouped
 from dit_kernels import backends
 from dit_kernels.measured import CallClass, Fastest

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import Row, binding, rounded
+from benchmarks.bench import binding, rounded
+from benchmarks.record import Row
 from benchmarks.runs import OURS, Run, by_importance, grouped, of_models, ours_and_best
 from benchmarks.shapes import SWEEPS
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import fastest, machine, targets
-from benchmarks.bench import Row, binding, rounded
+from benchmarks.bench import binding, rounded
 from benchmarks.bench_models import utilisation
 from benchmarks.cases import CASES
 from benchmarks.machine import ROOT
 from benchmarks.peers import PEERS
 from benchmarks.plots import draw, pictures
+from benchmarks.record import Row
 from benchmarks.runs import (
     FOLDER,
     OURS,

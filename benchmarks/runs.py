@@ -7,8 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import Row
 from benchmarks.machine import ROOT
+from benchmarks.record import Row
 
 FOLDER = ROOT / "benchmarks" / "results"
 Run = dict[str, Any]

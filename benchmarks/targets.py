@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from benchmarks.bench import Row, binding
+from benchmarks.bench import binding
+from benchmarks.record import Row
 from benchmarks.runs import OURS
 from benchmarks.shapes import SHAPES, Shape
 

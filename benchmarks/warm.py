@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bench
+from benchmarks import bench, guarded
 from benchmarks.baselines import Baseline, baselines
 from benchmarks.shapes import SHAPES
 
@@ -53,14 +53,14 @@ def job(wanted: Sequence[tuple[bench.Point, Baseline]], device: str) -> None:
     for point, baseline in wanted:
         start = time.monotonic()
         try:
-            with bench.ended_after(120, device):
+            with guarded.ended_after(120, device):
                 state = compile_pair(point, baseline, device)
         except Exception as error:  # the benchmark itself reports it
             state = f"{type(error).__name__}: {error}".splitlines()[0]
         took = time.monotonic() - start
         what = f"{point.case.name} {point.tags['shape']} {baseline.name}"
         print(f"{took:6.1f} s  {what}: {state}", flush=True)
-        if bench.lost(device):
+        if guarded.lost(device):
             return
 
 

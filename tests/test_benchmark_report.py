@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks import (
-    bench,
     fastest,
     plots,
+    record,
     report,
     runs,
     targets,
@@ -85,7 +85,7 @@ def model_run() -> runs.Run:
 
 def of_both(
     case: str, shape: str, channels: int, times: dict[str, tuple[float, float]]
-) -> list[bench.Row]:
+) -> list[record.Row]:
     """Rows of our backends: forward, and forward and backward, in milliseconds."""
     call = {"op": "adaln", "form": "-x", "itemsize": 2, "channels": channels, "size": 27}
     return [
@@ -306,7 +306,7 @@ def test_a_bar_stands_beside_its_name_in_the_panel_of_its_direction():
 
 
 def test_a_point_of_the_roofline_is_as_far_below_the_roof_as_its_kernel():
-    def row(op: str, flops: int, direction: str = "forward") -> bench.Row:
+    def row(op: str, flops: int, direction: str = "forward") -> record.Row:
         return {"op": op, "flops": flops, "bytes": 10**9, "ms": 2.0, "direction": direction}
 
     rows = [row("adaln", 0), row("gelu", 0), row("attention3d", 10**12, "backward")]

@@ -16,6 +16,7 @@ from benchmarks import (
     bench,
     host_cost,
     machine,
+    record,
     timing,
 )
 from benchmarks.baselines import Baseline, baselines
@@ -99,7 +100,7 @@ def only(monkeypatch, *names: str) -> None:
     monkeypatch.setattr(bench, "baselines", lambda device: [found[name] for name in names])
 
 
-def rows_of(cases: list[str], shape: str, dtype: torch.dtype, **options) -> list[bench.Row]:
+def rows_of(cases: list[str], shape: str, dtype: torch.dtype, **options) -> list[record.Row]:
     rows = bench.run("cpu", bench.points(cases, [shape], [], "cpu"), dtype, **options)
     return [row for row in rows if "begun" not in row]
 
@@ -322,7 +323,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "ceilings", lambda device: CEILINGS)
     monkeypatch.setattr(bench, "_host_cost", lambda wanted: {})
     arguments = ["gelu", "swiglu", "--shape", "tiny-image", "--out", str(tmp_path)]
-    path, save = tmp_path / "ops.json", bench.save
+    path, save = tmp_path / "ops.json", record.save
 
     class Crash(BaseException):
         pass
@@ -332,13 +333,13 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
         if result.get("begun", {}).get("case") == "swiglu":
             raise Crash
 
-    monkeypatch.setattr(bench, "save", crashing)
+    monkeypatch.setattr(record, "save", crashing)
     with pytest.raises(Crash):
         bench.main(arguments)
     cut_off = json.loads(path.read_text())
     assert cut_off["begun"]["case"] == "swiglu"
     assert len(cut_off["rows"]) == 3
-    monkeypatch.setattr(bench, "save", save)
+    monkeypatch.setattr(record, "save", save)
     monkeypatch.setenv("COMMIT", "0123abc")
     bench.main([*arguments, "--shape", "tiny-video", "--resume"])
     result = json.loads(path.read_text())
@@ -388,7 +389,7 @@ def test_a_lost_context_ends_the_run_and_says_so(tmp_path, monkeypatch, capsys):
 def test_what_never_ends_is_ended(tmp_path):
     """No exception can be raised in a thread that waits for the GPU."""
     code = (
-        "import threading; from benchmarks.bench import ended_after\n"
+        "import threading; from benchmarks.guarded import ended_after\n"
         "with ended_after(0.5, 'cuda'): threading.Event().wait()"
     )
     run = subprocess.run(
@@ -414,15 +415,15 @@ def test_compare_shows_what_moved_by_more_than_the_spread(tmp_path):
         rows = [{**k, "ms": ms, "ms_quartiles": [ms - 0.01, ms, ms + 0.01]} for k in (key, model)]
         text = json.dumps({"machine": {"device": device}, "rows": [*rows, {**key, "absent": "no"}]})
         (tmp_path / name).write_text(text)
-    models, ops = bench.compare(tmp_path / "a", tmp_path / "b")
+    models, ops = record.compare(tmp_path / "a", tmp_path / "b")
     assert models == " +50.0%  1.0000 -> 1.5000 ms  DiT train throughput ours"
     assert ops == " +50.0%  1.0000 -> 1.5000 ms  adaln s triton bfloat16 forward"
-    assert bench.compare(tmp_path / "a", tmp_path / "c") == [
+    assert record.compare(tmp_path / "a", tmp_path / "c") == [
         "device: H100 -> H200", "none of 2 measured in both moved by more than the runs' spread"
     ]  # fmt: skip
     failed = {"machine": {"device": "H100"}, "rows": [{**key, "failed": "RuntimeError: no"}]}
     (tmp_path / "d").write_text(json.dumps(failed))
-    assert bench.compare(tmp_path / "a", tmp_path / "d") == [
+    assert record.compare(tmp_path / "a", tmp_path / "d") == [
         "   gone  adaln s triton bfloat16 forward: RuntimeError: no",
         f"not compared: 1 measured in {tmp_path / 'a'} only",
     ]
@@ -433,11 +434,11 @@ def test_models_that_now_fill_the_machine_with_another_batch_are_compared_by_the
     for name, batch, ms in (("a", 8, 8.0), ("b", 16, 8.0), ("c", 16, 16.0)):
         row = {**key, "batch": batch, "ms": ms, "ms_quartiles": [ms - 0.1, ms, ms + 0.1]}
         (tmp_path / name).write_text(json.dumps({"machine": {}, "rows": [row]}))
-    (line,) = bench.compare(tmp_path / "a", tmp_path / "b")
+    (line,) = record.compare(tmp_path / "a", tmp_path / "b")
     assert line == (
         " -50.0%  1.0000 -> 0.5000 ms a sample, batch 8 -> 16,  DiT train throughput ours"
     )
-    (line,) = bench.compare(tmp_path / "a", tmp_path / "c")
+    (line,) = record.compare(tmp_path / "a", tmp_path / "c")
     assert line == "none of 1 measured in both moved by more than the runs' spread"
 
 

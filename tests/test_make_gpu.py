@@ -55,10 +55,10 @@ def found(cls, name, *args):
     return None if name.partition(".")[0] in ABSENT else find(name, *args)
 PathFinder.find_spec = classmethod(found)
 import torch
-from benchmarks import audit, audit_cuda, bench, bench_models, gpu, peers, report, tune, warm
+from benchmarks import audit, audit_cuda, bench, bench_models, gpu, models, peers, report, tune, warm
 from dit_kernels.models import DiT
 DiT(hidden_size=64, depth=1, num_heads=2, input_size=(1, 8, 8))
-assert bench_models._no_diffusers() == "diffusers is not installed"
+assert models.no_diffusers() == "diffusers is not installed"
 import pytest
 torch.cuda.is_available = lambda: True
 del os.environ["DIT_KERNELS_EMULATE"]  # the audit's

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from benchmarks import bench
+from benchmarks import guarded
 
 SECONDS = 120  # of one test, the compilers' work in it
 
@@ -21,9 +21,9 @@ def harms_no_other_test() -> Iterator[None]:
     Under pytest-xdist the other tests go on in a new process. The GPU's memory is given back: a dozen
     processes share it.
     """
-    with bench.ended_after(SECONDS, "cuda"):
+    with guarded.ended_after(SECONDS, "cuda"):
         yield
-    if bench.lost("cuda"):
+    if guarded.lost("cuda"):
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(1)
         pytest.exit("the GPU's context is lost: no later test can run", 1)
