@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dit_kernels.ops.adaln import lists, reference
@@ -287,9 +286,8 @@ def _table_alone(
 
 def _fake(residual: Tensor | None, x: Tensor, *args: object) -> list[Tensor]:
     *_, shift2, scale2, _, _, _, norm, _, branch_norm, _, _, stats = args
-    exact = torch.promote_types(x.dtype if residual is None else residual.dtype, torch.float32)
     two = shift2 is not None or scale2 is not None
-    made = lists.made(residual, x, two, str(norm), str(branch_norm), bool(stats), exact)
+    made = lists.made(residual, x, two, str(norm), str(branch_norm), bool(stats))
     return [t for t in made if t is not None]
 
 

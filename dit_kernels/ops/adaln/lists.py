@@ -15,13 +15,10 @@ def made(
     norm: str,
     branch_norm: str,
     stats: bool,
-    exact: torch.dtype = torch.float32,
 ) -> tuple[Tensor | None, ...]:
     """(residual_out, y, y2, branch_rstd, mean, rstd), empty; None for what this call does not make.
 
-    Args:
-        second: whether there is a y2.
-        exact: the dtype of the row statistics.
+    `second` is whether there is a y2. Statistics are float32, of a float64 call float64.
     """
     like = x if residual is None else residual
     out = y = y2 = branch_rstd = mean = rstd = None
@@ -32,12 +29,14 @@ def made(
         if second:
             y2 = torch.empty_like(like, memory_format=torch.contiguous_format)
     if stats:
+        exact = torch.float64 if like.dtype == torch.float64 else torch.float32
+        samples, length, _ = x.shape
         if branch_norm == "rms":
-            branch_rstd = x.new_empty(x.shape[:2], dtype=exact)
+            branch_rstd = x.new_empty((samples, length), dtype=exact)
         if norm == "layer":
-            mean = x.new_empty(x.shape[:2], dtype=exact)
+            mean = x.new_empty((samples, length), dtype=exact)
         if norm != "none":
-            rstd = x.new_empty(x.shape[:2], dtype=exact)
+            rstd = x.new_empty((samples, length), dtype=exact)
     return out, y, y2, branch_rstd, mean, rstd
 
 

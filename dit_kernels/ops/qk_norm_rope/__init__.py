@@ -17,7 +17,7 @@ from dit_kernels.ops.arguments import (
     check_shape,
     triple,
 )
-from dit_kernels.ops.qk_norm_rope import reference
+from dit_kernels.ops.qk_norm_rope import lists, reference
 from dit_kernels.ops.registration import FusedOp
 
 NAME = "qk_norm_rope"
@@ -225,15 +225,8 @@ def _check_angles(
 
 def _fake(q: Tensor, k: Tensor | None, *args: object) -> list[Tensor]:
     norm, over, *_, stats = args[6:]
-    heads = [x for x in (q, k) if x is not None]
-    outputs = [x.new_empty(x.shape) for x in heads]
-    if stats:
-        for x in heads:
-            exact = torch.promote_types(x.dtype, torch.float32)
-            shape = x.shape[:3] if over == "head" else x.shape[:2]
-            for _ in range({"none": 0, "rms": 1, "layer": 2}[str(norm)]):
-                outputs.append(x.new_empty(shape, dtype=exact))
-    return outputs
+    outputs = lists.empty_outputs(q, k)
+    return outputs + lists.empty_statistics(q, k, str(norm), str(over)) if stats else outputs
 
 
 _op = FusedOp(

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
-from dit_kernels.ops import cuda_extension
+from dit_kernels.ops import cuda_extension, gradients
+from dit_kernels.ops.qk_norm_rope import lists
+from dit_kernels.ops.strides import adjacent
 
 _NORMS = {"none": 0, "rms": 1, "layer": 2}
 _MOST = 2**30
-_NO_STATISTICS: list[Tensor | None] = [None] * 4
 
 
 def supports(q: Tensor, k: Tensor | None, *args: Any) -> str | None:
@@ -48,15 +48,8 @@ def forward(
     rounding: str,
     stats: bool,
 ) -> list[Tensor]:
-    outputs, saved = [q.new_empty(q.shape)], []
-    if k is not None:
-        outputs.append(k.new_empty(k.shape))
-    if stats:
-        for x in (q, k):
-            if x is not None:
-                shape = x.shape[:3] if over == "head" else x.shape[:2]
-                count = _NORMS[norm]
-                saved += [x.new_empty(shape, dtype=torch.float32) for _ in range(count)]
+    outputs = lists.empty_outputs(q, k)
+    saved = lists.empty_statistics(q, k, norm, over) if stats else []
     tensors: _Tensors = (q, k, q_weight, q_bias, k_weight, k_bias, cos, sin)
     form = (norm, over, act, layout, sections, rope_start, rounding)
     kernels = cuda_extension.kernels()
@@ -69,7 +62,7 @@ def forward(
     if found.blocks:
         kernels.qk_norm_rope_fwd(
             *cuda_extension.where(q), found.plan, *tensors, outputs[0],
-            None if k is None else outputs[1], *_statistics(saved, norm, k is not None),
+            None if k is None else outputs[1], *lists.statistics(saved, k),
         )  # fmt: skip
     return outputs + saved
 
@@ -96,56 +89,36 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     inputs = (q, k, q_weight, k_weight, q_bias, k_bias, cos, sin)
-    results = [
-        t.new_empty(t.shape) if t is not None and need else None
-        for t, need in zip(inputs, needs, strict=True)
-    ]
-    dq, dk = (
-        None if dy is None or dy.numel() == 0 else dy
-        for dy in (grads[0], None if k is None else grads[1])
-    )
-    for dy, mine in ((dq, (0, 2, 4)), (dk, (1, 3, 5))):
-        for i in mine:
-            found = results[i]
-            if found is not None and dy is None:
-                found.zero_()
+    results = gradients.empty(inputs, needs)
+    dq, dk = lists.given(grads, results)
+    if dq is None and dk is None:
+        return [t.zero_() for t in results if t is not None]
     cos, sin = _angles(cos, sin)
-    parameters = [_vector(p) for p in (q_weight, q_bias, k_weight, k_bias)]
+    parameters = [adjacent(p) for p in (q_weight, q_bias, k_weight, k_bias)]
     form = (norm, over, act, layout, sections, rope_start, rounding)
-    arguments = (dq, dk, q, k, *parameters, cos, sin, *_statistics(saved, norm, k is not None))
+    arguments = (dq, dk, q, k, *parameters, cos, sin, *lists.statistics(saved, k))
     kernels, where = cuda_extension.kernels(), cuda_extension.where(q)
     plan = _planned((q, k), (dq, dk), parameters, cos, sin, eps, form)
 
-    if any(result is not None for result in results[:6]) and plan.blocks:
-        sums: list[Tensor | None] = []
-        for i, blocks in zip(
-            (2, 4, 3, 5), (plan.q_blocks,) * 2 + (plan.k_blocks,) * 2, strict=True
-        ):
-            found = results[i]
-            rows = None
-            if found is not None and blocks:
-                rows = q.new_empty((blocks, found.numel()), dtype=torch.float32)
-            sums.append(rows)
+    if any(result is not None for result in results[:6]):
+        of_q, of_k = plan.q_blocks, plan.k_blocks
+        sums = {
+            i: gradients.partial_sums(results[i], blocks)
+            for i, blocks in ((2, of_q), (4, of_q), (3, of_k), (5, of_k))
+        }
         dq_in = results[0] if dq is not None else None
         dk_in = results[1] if dk is not None else None
-        kernels.qk_norm_rope_bwd(*where, plan.plan, *arguments, dq_in, dk_in, *sums)
-        for i, rows in zip((2, 4, 3, 5), sums, strict=True):
+        kernels.qk_norm_rope_bwd(*where, plan.plan, *arguments, dq_in, dk_in, *sums.values())
+        for i, rows in sums.items():
             if rows is not None:
                 kernels.add_rows(*where, rows, results[i], 1, *rows.shape)
 
     dcos, dsin = results[6:]
     table = dsin if dcos is None else dcos
     if table is not None and table.numel():
-        if plan.blocks:
-            samples, heads = (table.shape[0], table.shape[2]) if table.dim() == 4 else (1, 1)
-            kernels.qk_norm_rope_bwd_angles(
-                *where, plan.plan, *arguments, samples, heads, dcos, dsin
-            )
-        else:
-            for result in (dcos, dsin):
-                if result is not None:
-                    result.zero_()
-    return [result for result in results if result is not None]
+        samples, heads = (table.shape[0], table.shape[2]) if table.dim() == 4 else (1, 1)
+        kernels.qk_norm_rope_bwd_angles(*where, plan.plan, *arguments, samples, heads, dcos, dsin)
+    return [t for t in results if t is not None]
 
 
 def _angles(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -159,24 +132,6 @@ def _angles(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tens
     return cos, sin
 
 
-def _vector(parameter: Tensor | None) -> Tensor | None:
-    """[D] or [H * D], nothing next to q."""
-    if parameter is None or parameter.stride(0) == 1:
-        return parameter
-    return parameter.contiguous()
-
-
-def _statistics(saved: list[Tensor], norm: str, two: bool) -> list[Tensor | None]:
-    """q's mean and rstd, then k's, of what the forward saved."""
-    if not saved:
-        return _NO_STATISTICS
-    each = 2 if norm == "layer" else 1
-    found: list[Tensor | None] = []
-    for i in range(1 + two):
-        found += [*[None] * (2 - each), *saved[i * each : (i + 1) * each]]
-    return found + [None] * (2 - 2 * two)
-
-
 _Tensors = tuple[Tensor | None, ...]
 
 
@@ -184,10 +139,6 @@ class _Plan(NamedTuple):
     plan: Any
     q_blocks: int
     k_blocks: int
-
-    @property
-    def blocks(self) -> int:
-        return self.q_blocks + self.k_blocks
 
 
 _plans: dict[Any, _Plan] = {}
@@ -228,7 +179,7 @@ def _make_room(plans: _Plans) -> _Plans:
 def _prepared(tensors: _Tensors) -> _Tensors:
     """q, k, then weights, biases and angles as the kernels read them."""
     q, k, *parameters, cos, sin = tensors
-    return (q, k, *(_vector(p) for p in parameters), *_angles(cos, sin))
+    return (q, k, *(adjacent(p) for p in parameters), *_angles(cos, sin))
 
 
 def _forward_plan(tensors: _Tensors, form: tuple[Any, ...], eps: float) -> _ForwardPlan:
@@ -236,7 +187,7 @@ def _forward_plan(tensors: _Tensors, form: tuple[Any, ...], eps: float) -> _Forw
     q, k, *parameters, cos, sin = ready
     made = _plan((q, k), (None, None), parameters, cos, sin, eps, *form)
     as_given = all(a is b for a, b in zip(tensors, ready, strict=True))
-    return _ForwardPlan(made.plan, made.blocks, as_given)
+    return _ForwardPlan(made.plan, made.q_blocks + made.k_blocks, as_given)
 
 
 def _plan(

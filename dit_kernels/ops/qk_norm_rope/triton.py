@@ -6,16 +6,17 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
-import torch
 import triton
 from torch import Tensor
 
-from dit_kernels.ops import triton_launch, triton_rows, triton_tuning
+from dit_kernels.ops import gradients, triton_launch, triton_rows, triton_tuning
+from dit_kernels.ops.qk_norm_rope import lists
 from dit_kernels.ops.qk_norm_rope.triton_backward import (
     qk_norm_rope_bwd_angles_kernel,
     qk_norm_rope_bwd_kernel,
 )
 from dit_kernels.ops.qk_norm_rope.triton_forward import qk_norm_rope_fwd_kernel
+from dit_kernels.ops.strides import adjacent
 
 
 def supports(
@@ -61,15 +62,9 @@ def forward(
     rounding: str,
     stats: bool,
 ) -> list[Tensor]:
-    outputs = [x.new_empty(x.shape) for x in (q, k) if x is not None]
-    saved = []
-    if stats:
-        for x in (q, k):
-            if x is not None:
-                shape = x.shape[:3] if over == "head" else x.shape[:2]
-                count = {"none": 0, "rms": 1, "layer": 2}[norm]
-                saved += [x.new_empty(shape, dtype=torch.float32) for _ in range(count)]
-    parameters = [_vector(p) for p in (q_weight, q_bias, k_weight, k_bias)]
+    outputs = lists.empty_outputs(q, k)
+    saved = lists.empty_statistics(q, k, norm, over) if stats else []
+    parameters = [adjacent(p) for p in (q_weight, q_bias, k_weight, k_bias)]
     cos, sin = _tables(cos, sin)
     plan = _plans(
         (q, k, *parameters, cos, sin),
@@ -77,7 +72,7 @@ def forward(
     )  # fmt: skip
     triton_launch.run(
         qk_norm_rope_fwd_kernel, plan,
-        q, k, outputs[0], None if k is None else outputs[1], *_statistics_of(saved, norm, k is not None),
+        q, k, outputs[0], None if k is None else outputs[1], *lists.statistics(saved, k),
         *parameters, cos, sin,
     )  # fmt: skip
     return outputs + saved
@@ -141,23 +136,17 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     inputs = (q, k, q_weight, k_weight, q_bias, k_bias, cos, sin)
-    results = [
-        t.new_empty(t.shape) if t is not None and need else None
-        for t, need in zip(inputs, needs, strict=True)
-    ]
-    dq_out, dk_out = grads[0], None if k is None else grads[1]
-    for dy, mine in ((dq_out, (0, 2, 4)), (dk_out, (1, 3, 5))):
-        for i in mine:
-            if results[i] is not None and (dy is None or dy.numel() == 0):
-                results[i].zero_()
-    dq_out, dk_out = (None if dy is None or dy.numel() == 0 else dy for dy in (dq_out, dk_out))
+    results = gradients.empty(inputs, needs)
+    dq_out, dk_out = lists.given(grads, results)
+    if dq_out is None and dk_out is None:
+        return [t.zero_() for t in results if t is not None]
     angles = _arrange_angles(cos, sin)
     row = _row(q.shape[3], angles, layout, sections)
     hidden = over == "hidden"
     strides, vec, unit = _strides(q, k)
     dy_strides, dy_vec, dy_unit = _strides(dq_out, dk_out)
-    statistics = _statistics_of(saved, norm, k is not None)
-    parameters = [_vector(p) for p in (q_weight, q_bias, k_weight, k_bias)]
+    statistics = lists.statistics(saved, k)
+    parameters = [adjacent(p) for p in (q_weight, q_bias, k_weight, k_bias)]
     eager = rounding == "eager"
     options = (norm, hidden, act == "relu", eager)
 
@@ -166,42 +155,37 @@ def backward(
         q_programs, q_chunks, q_chunk = _programs(dq_out, q_tile, 4, 4096)
         k_programs, k_chunks, k_chunk = _programs(dk_out, k_tile, 4, 4096)
         sums = {
-            i: q.new_empty((programs, results[i].numel()), dtype=torch.float32)
+            i: gradients.partial_sums(results[i], programs)
             for i, programs in ((2, q_programs), (4, q_programs), (3, k_programs), (5, k_programs))
-            if results[i] is not None and programs
         }
         triton_launch.launch(
             qk_norm_rope_bwd_kernel, (q_programs + k_programs,),
             dq_out, dk_out, q, k, results[0], results[1], *statistics, *parameters,
-            *(sums.get(i) for i in (2, 4, 3, 5)), angles.cos, angles.sin,
+            *sums.values(), angles.cos, angles.sin,
             q_programs, q.shape[1], 0 if k is None else k.shape[1], q_chunks, k_chunks, q_chunk, k_chunk,
             *strides, *dy_strides, rope_start, angles.length, *angles.strides,
             *q_tile, *k_tile, vec, *cut, unit, dy_vec, dy_unit, angles.vec, angles.heads, angles.unit, angles.period,
             *options, num_warps=warps, enable_fp_fusion=not eager,
         )  # fmt: skip
         for i, rows in sums.items():
-            triton_rows.add_rows(rows, results[i])
+            if rows is not None:
+                triton_rows.add_rows(rows, results[i])
 
     dcos, dsin = results[6:]
-    if dcos is not None or dsin is not None:
-        table = cos if dcos is None else dcos
+    table = dsin if dcos is None else dcos
+    if table is not None and table.numel():
         samples, heads = (table.shape[0], table.shape[2]) if table.dim() == 4 else (1, 1)
-        if (dq_out is None and dk_out is None) or table.numel() == 0:
-            for result in (dcos, dsin):
-                if result is not None:
-                    result.zero_()
-        else:
-            tile = _tile(q.shape[2], row, False, _Config(4, 16))
-            blocks = tile.blocks if heads > 1 else 1
-            triton_launch.launch(
-                qk_norm_rope_bwd_angles_kernel, (triton.cdiv(angles.length, tile.block_n), blocks, samples),
-                dq_out, dk_out, q, k, *statistics, *parameters, dcos, dsin,
-                q.shape[1], 0 if k is None else k.shape[1], rope_start, angles.length, q.shape[0] // samples,
-                *strides, *dy_strides, q.shape[2], 1 if k is None else k.shape[2], tile.parts, tile.block_n,
-                vec, *row, unit, dy_vec, dy_unit, angles.heads, *options,
-                num_warps=4, enable_fp_fusion=not eager,
-            )  # fmt: skip
-    return [result for result in results if result is not None]
+        tile = _tile(q.shape[2], row, False, _Config(4, 16))
+        blocks = tile.blocks if heads > 1 else 1
+        triton_launch.launch(
+            qk_norm_rope_bwd_angles_kernel, (triton.cdiv(angles.length, tile.block_n), blocks, samples),
+            dq_out, dk_out, q, k, *statistics, *parameters, dcos, dsin,
+            q.shape[1], 0 if k is None else k.shape[1], rope_start, angles.length, q.shape[0] // samples,
+            *strides, *dy_strides, q.shape[2], 1 if k is None else k.shape[2], tile.parts, tile.block_n,
+            vec, *row, unit, dy_vec, dy_unit, angles.heads, *options,
+            num_warps=4, enable_fp_fusion=not eager,
+        )  # fmt: skip
+    return [t for t in results if t is not None]
 
 
 class _Angles(NamedTuple):
@@ -384,19 +368,3 @@ def _programs(x: Tensor | None, tile: _Tile, per_core: int, most: int) -> tuple[
         chunk *= 2
     chunks = triton.cdiv(tokens, chunk)
     return samples * chunks * tile.blocks, chunks, chunk
-
-
-def _statistics_of(saved: list[Tensor], norm: str, two: bool) -> list[Tensor | None]:
-    """q's mean and rstd, then k's, of what the forward saved."""
-    if not saved:
-        return [None] * 4
-    each = 2 if norm == "layer" else 1
-    found = [[None] * (2 - each) + saved[i * each : (i + 1) * each] for i in range(1 + two)]
-    return [s for side in found for s in side] + [None] * (2 - 2 * two)
-
-
-def _vector(parameter: Tensor | None) -> Tensor | None:
-    """[D] or [H * D], nothing next to q."""
-    if parameter is None or parameter.stride(0) == 1:
-        return parameter
-    return parameter.contiguous()
