@@ -9,6 +9,7 @@ from torch import Tensor
 from dit_kernels.ops.arguments import check_float, check_given, check_int, triple
 from dit_kernels.ops.registration import FusedOp
 from dit_kernels.ops.unpatchify import reference
+from dit_kernels.ops.unpatchify.patches import empty_video
 
 NAME = "unpatchify"
 
@@ -87,8 +88,7 @@ def _fake(
     layout: str,
     stats: bool,
 ) -> list[Tensor]:
-    size = [g * p for g, p in zip(grid, patch, strict=True)]
-    return [tokens.new_empty((tokens.shape[0], channels, *size))]
+    return [empty_video(tokens, grid, patch, channels)]
 
 
 _op = FusedOp(

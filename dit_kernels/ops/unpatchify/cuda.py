@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dit_kernels.ops import cuda_extension
+from dit_kernels.ops.unpatchify.patches import empty_video, steps
 
 _TILE = 4096  # values of a block
 _MOST = 16384  # values of a patch: what fits shared memory
@@ -31,9 +32,8 @@ def forward(
     layout: str,
     stats: bool,
 ) -> list[Tensor]:
-    (gt, gh, gw), (pt, ph, pw) = grid, patch_size
-    video = tokens.new_empty((tokens.shape[0], channels, gt * pt, gh * ph, gw * pw))
-    _move(tokens, video, tokens, video, grid, patch_size, channels, layout, False)
+    video = empty_video(tokens, grid, patch_size, channels)
+    _move(tokens, video, grid, patch_size, channels, layout, False)
     return [video]
 
 
@@ -52,13 +52,11 @@ def backward(
     dtokens = tokens.new_empty(tokens.shape)
     if grads[0] is None:
         return [dtokens.zero_()]
-    _move(grads[0], dtokens, dtokens, grads[0], grid, patch_size, channels, layout, True)
+    _move(dtokens, grads[0], grid, patch_size, channels, layout, True)
     return [dtokens]
 
 
 def _move(
-    read: Tensor,
-    written: Tensor,
     tokens: Tensor,
     video: Tensor,
     grid: Sequence[int],
@@ -69,9 +67,10 @@ def _move(
 ) -> None:
     if tokens.numel() == 0:
         return
-    steps, block = _arranged(layout, *patch_size, channels, *grid[1:], tokens.element_size())
+    read, written = (video, tokens) if inverse else (tokens, video)
+    axes, block = _arranged(layout, *patch_size, channels, *grid[1:], tokens.element_size())
     cuda_extension.kernels().unpatchify(
-        *cuda_extension.where(tokens), read, written, inverse, grid, patch_size, channels, steps, block
+        *cuda_extension.where(tokens), read, written, inverse, grid, patch_size, channels, axes, block
     )  # fmt: skip
 
 
@@ -79,17 +78,13 @@ def _move(
 def _arranged(
     layout: str, pt: int, ph: int, pw: int, channels: int, gh: int, gw: int, size: int
 ) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """From one t, h, w and c to the next among a patch's values, and (rows, columns) of patches of a block."""
-    length = {"t": pt, "h": ph, "w": pw, "c": channels}
-    steps, step = {}, 1
-    for axis in reversed(layout.split()):
-        steps[axis] = step
-        step *= length[axis]
-    block_w = max(1, min(gw, _TILE // step))
-    block_h = max(1, min(gh, _TILE // (step * block_w)))
+    """The steps of a patch's axes, and (rows, columns) of patches of a block."""
+    values = pt * ph * pw * channels
+    block_w = max(1, min(gw, _TILE // values))
+    block_h = max(1, min(gh, _TILE // (values * block_w)))
     if block_w == gw:
         # rows that are no multiple of 16 bytes: as many together as are
         rows = 16 // math.gcd(16, ph * pw * block_w * size)
-        if rows * block_w * step <= 4 * _TILE:
+        if rows * block_w * values <= 4 * _TILE:
             block_h = rows * -(-block_h // rows)
-    return tuple(steps[axis] for axis in "thwc"), (block_h, block_w)
+    return steps(layout, pt, ph, pw, channels), (block_h, block_w)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_kernels.ops import triton_launch, triton_rows
+from dit_kernels.ops.unpatchify.patches import empty_video
 
 _TILE = 4096
 
@@ -142,8 +143,7 @@ def forward(
     layout: str,
     stats: bool,
 ) -> list[Tensor]:
-    size = [g * p for g, p in zip(grid, patch_size, strict=True)]
-    video = tokens.new_empty((tokens.shape[0], channels, *size))
+    video = empty_video(tokens, grid, patch_size, channels)
     _move(tokens, video, grid, patch_size, channels, layout, False)
     return [video]
 
