@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from dit_kernels.ops import row_statistics
 from dit_kernels.ops.arguments import (
     check_choice,
     check_eps,
@@ -18,6 +18,7 @@ from dit_kernels.ops.arguments import (
 from dit_kernels.ops.final_layer import reference
 from dit_kernels.ops.registration import FusedOp
 from dit_kernels.ops.unpatchify import check_patches
+from dit_kernels.ops.unpatchify.patches import empty_video
 
 NAME = "final_layer"
 
@@ -79,13 +80,8 @@ def _fake(
     x: Tensor, shift: object, scale: object, weight: object, bias: object, grid: Sequence[int],
     patch: Sequence[int], channels: int, layout: str, norm: str, eps: float, stats: bool,
 ) -> list[Tensor]:  # fmt: skip
-    size = [g * p for g, p in zip(grid, patch, strict=True)]
-    outputs = [x.new_empty((x.shape[0], channels, *size))]
-    if stats:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        count = 2 if norm == "layer" else 1
-        outputs += [x.new_empty(x.shape[:2], dtype=exact) for _ in range(count)]
-    return outputs
+    saved = row_statistics.empty(x, 2, norm) if stats else []
+    return [empty_video(x, grid, patch, channels), *saved]
 
 
 _op = FusedOp(

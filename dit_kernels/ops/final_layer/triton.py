@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, cast
@@ -11,12 +10,14 @@ import torch
 import triton
 from torch import Tensor
 
-from dit_kernels.ops import triton_launch, triton_rows, triton_tuning
+from dit_kernels.ops import gradients, row_statistics, triton_launch, triton_rows, triton_tuning
 from dit_kernels.ops.final_layer.triton_kernels import (
     _final_layer_bwd_sums_kernel,
     _final_layer_bwd_x_kernel,
     _final_layer_fwd_kernel,
 )
+from dit_kernels.ops.strides import adjacent
+from dit_kernels.ops.unpatchify.patches import empty_video, steps
 
 # fewer tokens than this a modulation row, and its gradient is computed a token at a time
 _LEAST_GROUP = 16
@@ -52,21 +53,16 @@ def forward(
     eps: float,
     stats: bool,
 ) -> list[Tensor]:
-    size = [g * p for g, p in zip(grid, patch_size, strict=True)]
-    video = x.new_empty((x.shape[0], channels, *size))
-    saved = []
-    if stats:
-        count = 2 if norm == "layer" else 1
-        saved = [x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(count)]
+    video = empty_video(x, grid, patch_size, channels)
+    saved = row_statistics.empty(x, 2, norm) if stats else []
     if x.numel() == 0:
         return [video, *saved]
-    mean, rstd = _statistics(saved, norm)
-    tensors = (x, shift, scale, weight, _vector(bias), video)
+    tensors = (x, shift, scale, weight, adjacent(bias), video)
     native, precision = _dot(x, weight)
     plan = _plans(
         tensors, tuple(grid), tuple(patch_size), channels, layout, norm, eps, stats, native, precision
     )  # fmt: skip
-    triton_launch.run(_final_layer_fwd_kernel, plan, *tensors, mean, rstd)
+    triton_launch.run(_final_layer_fwd_kernel, plan, *tensors, *row_statistics.mean_and_rstd(saved))
     return [video, *saved]
 
 
@@ -95,7 +91,7 @@ def _plan(
     )
     numbers = (
         x.shape[1], grid[1], grid[2], eps, *call.x, *call.shift, *call.scale, *weight.stride(), *video.stride(),
-        x.shape[2], weight.shape[0], *patch_size, _rows(patch_size, channels, layout), norm == "layer",
+        x.shape[2], weight.shape[0], *patch_size, _rows(layout, patch_size, channels), norm == "layer",
         *call.access, weight.is_contiguous(), call.shift_form, call.scale_form, native, precision,
         tiles.block_m, tiles.block_c, block_k,
     )  # fmt: skip
@@ -146,20 +142,18 @@ def backward(
     eps: float,
     needs: list[bool],
 ) -> list[Tensor]:
-    dx, dshift, dscale, dweight, dbias = results = [
-        t.new_empty(t.shape) if t is not None and need else None
-        for t, need in zip((x, shift, scale, weight, bias), needs, strict=True)
-    ]
+    results = gradients.empty((x, shift, scale, weight, bias), needs)
+    dx, dshift, dscale, dweight, dbias = results
     (dvideo,) = grads
     if dvideo is None or x.numel() == 0:
         return [t.zero_() for t in results if t is not None]
     samples, tokens, width = x.shape
     values = weight.shape[0]
-    mean, rstd = _statistics(saved, norm)
+    mean, rstd = row_statistics.mean_and_rstd(saved)
     native, precision = _dot(x, weight)
     block_m, block_c = (64, 64) if native else (32, 32)
     block_k = max(16, triton_rows.power_of_two(values))
-    rows = _rows(tuple(patch_size), channels, layout)
+    rows = _rows(layout, patch_size, channels)
     compact = None
     if any(t is not None for t in results[1:]):
         compact = x.new_empty((samples * tokens, values))
@@ -191,17 +185,15 @@ def backward(
     per_range = triton.cdiv(chunks, ranges)
     ranges = triton.cdiv(chunks, per_range)
 
-    def sums_of(gradient: Tensor | None, *shape: int) -> Tensor | None:
-        return None if gradient is None else x.new_empty(shape, dtype=torch.float32)
-
     def rows_of(gradient: Tensor | None, form: str) -> Tensor | None:
         """What the modulation's gradient is added from; itself where each token has a row of its own."""
         if gradient is not None and form == "token" and gradient.numel() == x.numel():
             return gradient
-        return sums_of(gradient, samples * tokens if form == "token" else chunks, width)
+        programs = samples * tokens if form == "token" else chunks
+        return gradients.partial_sums(gradient, programs, width)
 
-    weight_sums = sums_of(dweight, ranges, values, width)
-    bias_sums = sums_of(dbias, ranges, values)
+    weight_sums = gradients.partial_sums(dweight, ranges)
+    bias_sums = gradients.partial_sums(dbias, ranges)
     shift_sums, scale_sums = rows_of(dshift, call.shift_form), rows_of(dscale, call.scale_form)
     triton_launch.launch(
         _final_layer_bwd_sums_kernel, (columns, ranges),
@@ -264,20 +256,7 @@ def _dot(x: Tensor, weight: Tensor) -> tuple[bool, str]:
     return native, "ieee" if native else triton_launch.float32_precision()
 
 
-@functools.cache
-def _rows(patch_size: tuple[int, ...], channels: int, layout: str) -> tuple[int, ...]:
+def _rows(layout: str, patch_size: Sequence[int], channels: int) -> tuple[int, ...]:
     """Steps of (c, t, h, w) among the weight's rows."""
-    sizes = dict(zip("thwc", (*patch_size, channels), strict=True))
-    axes = layout.split()
-    return tuple(math.prod(sizes[a] for a in axes[axes.index(axis) + 1 :]) for axis in "cthw")
-
-
-def _statistics(saved: list[Tensor], norm: str) -> tuple[Tensor | None, Tensor | None]:
-    if not saved:
-        return None, None
-    return (saved[0], saved[1]) if norm == "layer" else (None, saved[0])
-
-
-def _vector(bias: Tensor | None) -> Tensor | None:
-    """[K], nothing next to x."""
-    return bias if bias is None or bias.stride(0) == 1 else bias.contiguous()
+    t, h, w, c = steps(layout, *patch_size, channels)
+    return c, t, h, w
