@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from dit_kernels.ops import cuda_extension
+from dit_kernels.ops import cuda_extension, gradients
+from dit_kernels.ops.strides import adjacent
 
 
 def supports(
@@ -32,7 +32,7 @@ def forward(
     out = video.new_empty((samples, tokens, channels))
     if samples * tokens:
         cuda_extension.kernels().patch_embed_fwd(
-            *cuda_extension.where(video), video, weight.contiguous(), _vector(bias), pos_embed, out
+            *cuda_extension.where(video), video, weight.contiguous(), adjacent(bias), pos_embed, out
         )
     return [out]
 
@@ -46,10 +46,8 @@ def backward(
     saved: list[Tensor],
     needs: list[bool],
 ) -> list[Tensor]:
-    dvideo, dweight, dbias, dpos = results = [
-        t.new_empty(t.shape) if t is not None and need else None
-        for t, need in zip((video, weight, bias, pos_embed), needs, strict=True)
-    ]
+    results = gradients.empty((video, weight, bias, pos_embed), needs)
+    dvideo, dweight, dbias, dpos = results
     (dtokens,) = grads
     if dtokens is None or dtokens.numel() == 0:
         return [t.zero_() for t in results if t is not None]
@@ -63,13 +61,11 @@ def backward(
     if dweight is not None or dbias is not None:
         rows, values = dtokens.shape[0] * dtokens.shape[1], weight[0].numel()
         blocks = -(-weight.shape[0] // 128) * (-(-values // 64) if dweight is not None else 1)
-        chunk = _chunk(rows, blocks, 2 * cuda_extension.multiprocessors(video))
+        slots = 2 * cuda_extension.multiprocessors(video)
+        chunk = gradients.rows_of_a_program(rows, blocks, slots, 64)
         chunks = -(-rows // chunk)
-        weight_sums = bias_sums = None
-        if dweight is not None:
-            weight_sums = video.new_empty((chunks, weight.numel()), dtype=torch.float32)
-        if dbias is not None:
-            bias_sums = video.new_empty((chunks, weight.shape[0]), dtype=torch.float32)
+        weight_sums = gradients.partial_sums(dweight, chunks)
+        bias_sums = gradients.partial_sums(dbias, chunks)
         kernels.patch_embed_bwd_weight(
             *where, video, weight, dtokens, chunk, weight_sums, bias_sums
         )
@@ -79,15 +75,3 @@ def backward(
     if dpos is not None:
         kernels.patch_embed_bwd_pos(*where, video, weight, dtokens, dpos)
     return [t for t in results if t is not None]
-
-
-def _chunk(rows: int, blocks: int, slots: int) -> int:
-    """Patches of one block of the weight gradient: as many blocks as fill the GPU, of at least 256."""
-    pieces = max(1, min(slots // blocks, -(-rows // 256), 65535))
-    chunk = -(-rows // pieces)
-    return -(-chunk // 64) * 64
-
-
-def _vector(bias: Tensor | None) -> Tensor | None:
-    """[C], nothing next to the tokens."""
-    return bias if bias is None or bias.stride(0) == 1 else bias.contiguous()

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_kernels.ops import triton_launch, triton_rows, triton_tuning
+from dit_kernels.ops import gradients, triton_launch, triton_rows, triton_tuning
+from dit_kernels.ops.strides import adjacent
 
 
 @triton.jit
@@ -298,7 +299,7 @@ def forward(
     out = video.new_empty((video.shape[0], tokens, channels))
     if out.numel() == 0:
         return [out]
-    tensors = (video, weight, _vector(bias), pos_embed)
+    tensors = (video, weight, adjacent(bias), pos_embed)
     plan = _plans(tensors, *_products(video.dtype, weight.dtype))
     triton_launch.run(_patch_embed_fwd_kernel, plan, *tensors, out)
     return [out]
@@ -343,10 +344,8 @@ def backward(
     saved: list[Tensor],
     needs: list[bool],
 ) -> list[Tensor]:
-    dvideo, dweight, dbias, dpos = results = [
-        t.new_empty(t.shape) if t is not None and need else None
-        for t, need in zip((video, weight, bias, pos_embed), needs, strict=True)
-    ]
+    results = gradients.empty((video, weight, bias, pos_embed), needs)
+    dvideo, dweight, dbias, dpos = results
     (dtokens,) = grads
     if dtokens is None or dtokens.numel() == 0:
         return [t.zero_() for t in results if t is not None]
@@ -377,13 +376,11 @@ def backward(
         if dweight is None:
             depth = 1
         block_m = 64 if native else 32
-        chunk = _chunk(video, sizes[0], columns * depth, block_m)
+        slots = 2 * triton_launch.multiprocessors(video)
+        chunk = gradients.rows_of_a_program(sizes[0], columns * depth, slots, block_m)
         chunks = triton.cdiv(sizes[0], chunk)
-        weight_sums = bias_sums = None
-        if dweight is not None:
-            weight_sums = video.new_empty((chunks, *weight.shape), dtype=torch.float32)
-        if dbias is not None:
-            bias_sums = video.new_empty((chunks, channels), dtype=torch.float32)
+        weight_sums = gradients.partial_sums(dweight, chunks)
+        bias_sums = gradients.partial_sums(dbias, chunks)
         triton_launch.launch(
             _patch_embed_bwd_weight_kernel, (columns, depth, chunks),
             dtokens, video, weight_sums, bias_sums, *sizes, chunk, *g_strides, *gather.strides,
@@ -458,15 +455,3 @@ def _candidates(key: triton_tuning.Key, default: _Config) -> list[_Config]:
 
 
 triton_tuning.CANDIDATES["patch_embed.forward"] = _candidates
-
-
-def _chunk(video: Tensor, rows: int, blocks: int, block_m: int) -> int:
-    """Patches of one program of the weight gradient: about two programs a multiprocessor."""
-    slots = 2 * triton_launch.multiprocessors(video)
-    pieces = max(1, min(slots // blocks, triton.cdiv(rows, 4 * block_m)))
-    return triton.cdiv(triton.cdiv(rows, pieces), block_m) * block_m
-
-
-def _vector(bias: Tensor | None) -> Tensor | None:
-    """[C], nothing next to the tokens."""
-    return bias if bias is None or bias.stride(0) == 1 else bias.contiguous()
