@@ -12,7 +12,6 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -70,24 +69,6 @@ def where(tensor: Tensor) -> tuple[int, int]:
         return 0, 0
     device = tensor.get_device()
     return device, torch._C._cuda_getCurrentRawStream(device)
-
-
-def folded(
-    shape: Sequence[int], *strides: Sequence[int]
-) -> tuple[list[int], list[tuple[int, ...]]]:
-    """The fewest axes that reach the same elements in every tensor: sizes, and each tensor's strides."""
-    sizes: list[int] = []
-    steps: list[tuple[int, ...]] = []
-    for size, *step in zip(shape, *strides, strict=True):
-        if size == 1:
-            continue
-        if sizes and all(o == size * i for o, i in zip(steps[-1], step, strict=True)):
-            sizes[-1] *= size
-            steps[-1] = tuple(step)
-        else:
-            sizes.append(size)
-            steps.append(tuple(step))
-    return sizes, [tuple(s[i] for s in steps) for i in range(len(strides))]
 
 
 _CODES = {None: 0, torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

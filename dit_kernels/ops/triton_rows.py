@@ -1,14 +1,8 @@
-"""What row-wise Triton kernels share: a row cut into powers of two, leading axes folded, column sums.
-
-The gradient of a parameter that every row reads is summed in two stages: each program adds what it
-walked over into one float32 row, and `add_rows` adds those rows in fixed order. Nothing is added
-atomically, so that the result is deterministic.
-"""
+"""What row-wise Triton kernels share: a row cut into powers of two, and the second stage of `gradients`' sums."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -45,24 +39,6 @@ def vector(*strides: int) -> int:
     for stride in strides:
         bits |= stride
     return bits & -bits
-
-
-def folded(
-    shape: Sequence[int], *strides: Sequence[int]
-) -> tuple[list[int], list[tuple[int, ...]]]:
-    """The fewest axes that reach the same elements in every tensor: sizes, and each tensor's strides."""
-    sizes: list[int] = []
-    steps: list[tuple[int, ...]] = []
-    for size, *step in zip(shape, *strides, strict=True):
-        if size == 1:
-            continue
-        if sizes and all(o == size * i for o, i in zip(steps[-1], step, strict=True)):
-            sizes[-1] *= size
-            steps[-1] = tuple(step)
-        else:
-            sizes.append(size)
-            steps.append(tuple(step))
-    return sizes, [tuple(s[i] for s in steps) for i in range(len(strides))]
 
 
 @triton.jit(do_not_specialize=["per_group"])

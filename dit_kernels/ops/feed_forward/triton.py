@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_kernels.ops import triton_launch, triton_rows, triton_tuning
+from dit_kernels.ops import gradients, triton_launch, triton_rows, triton_tuning
+from dit_kernels.ops.feed_forward import axes
+from dit_kernels.ops.strides import adjacent
 
 
 class _Tiles(NamedTuple):
@@ -190,9 +191,7 @@ def _feed_forward_bwd_kernel(
 
 
 def supports(x: Tensor, bias: Tensor | None, act: str) -> str | None:
-    if x.dim() > 3 and len(triton_rows.folded(x.shape[:-1], x.stride()[:-1])[0]) > 2:
-        return f"x's leading axes must fold into two by their strides; got {list(x.stride())}"
-    return triton_launch.unsupported((x, bias))
+    return axes.unsupported(x) or triton_launch.unsupported((x, bias))
 
 
 def forward(x: Tensor, bias: Tensor | None, act: str, stats: bool) -> list[Tensor]:
@@ -200,7 +199,7 @@ def forward(x: Tensor, bias: Tensor | None, act: str, stats: bool) -> list[Tenso
     y = x.new_empty((*x.shape[:-1], columns))
     if y.numel() == 0:
         return [y]
-    bias = _vector(bias)
+    bias = adjacent(bias)
     triton_launch.run(_feed_forward_fwd_kernel, _plans((x, bias), act), x, bias, y)
     return [y]
 
@@ -232,45 +231,34 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     (dy,) = grads
-    dx = x.new_empty(x.shape) if needs[0] else None
-    dbias = bias.new_empty(bias.shape) if bias is not None and needs[1] else None
-    wanted = [t for t in (dx, dbias) if t is not None]
+    dx, dbias = results = gradients.empty((x, bias), needs)
+    wanted = [t for t in results if t is not None]
     columns = x.shape[-1] if act.startswith("gelu") else x.shape[-1] // 2
     if dy is None or dy.numel() == 0:
         return [t.zero_() for t in wanted]
-    if len(triton_rows.folded(x.shape[:-1], x.stride()[:-1], dy.stride()[:-1])[0]) > 2:
-        dy = dy.contiguous()
-        if len(triton_rows.folded(x.shape[:-1], x.stride()[:-1], dy.stride()[:-1])[0]) > 2:
-            x = x.contiguous()
+    x, dy = axes.foldable(x, dy)
     rows, inner, (x_strides, dy_strides), vec, unit = _arrange(x, dy)
     tiles = triton_tuning.choose("feed_forward.backward", (columns, act), _DEFAULT)
     blocks = triton.cdiv(columns, tiles.block_f)
     chunk = _chunk(x, rows, blocks, tiles.block_m, 256)
     programs = triton.cdiv(rows, chunk)
-    sums = None
-    if dbias is not None:
-        sums = x.new_empty((programs, x.shape[-1]), dtype=torch.float32)
+    sums = gradients.partial_sums(dbias, programs)
     triton_launch.launch(
         _feed_forward_bwd_kernel, (programs * blocks,),
-        dy, x, _vector(bias), dx, sums, rows, inner, chunk, *x_strides, *dy_strides,
+        dy, x, adjacent(bias), dx, sums, rows, inner, chunk, *x_strides, *dy_strides,
         columns, act, vec, unit, tiles.block_m, tiles.block_f, num_warps=tiles.num_warps,
     )  # fmt: skip
-    if dbias is not None:
+    if sums is not None:
         triton_rows.add_rows(sums, dbias)
     return wanted
 
 
 def _arrange(*tensors: Tensor) -> tuple[int, int, list[tuple[int, int, int]], int, bool]:
     """(rows, rows of the inner axis, each tensor's strides, what divides them, whether columns are adjacent)."""
-    sizes, strides = triton_rows.folded(tensors[0].shape[:-1], *(t.stride()[:-1] for t in tensors))
-    inner = sizes[-1] if sizes else 1
-    rows = inner * (sizes[0] if len(sizes) == 2 else 1)
-    steps = [(s[0] if len(s) == 2 else 0, s[-1] if s else 0) for s in strides]
-    unit = all(t.stride(-1) == 1 for t in tensors)
-    vec = triton_rows.vector(*(s for step in steps for s in step)) if unit else 1
-    columns = [t.stride(-1) for t in tensors]
-    result = [(o // vec, i // vec, c) for (o, i), c in zip(steps, columns, strict=True)]
-    return rows, inner, result, vec, unit
+    rows, inner, strides = axes.arrange(*tensors)
+    unit = all(column == 1 for _, _, column in strides)
+    vec = triton_rows.vector(*(s for step in strides for s in step[:2])) if unit else 1
+    return rows, inner, [(o // vec, i // vec, column) for o, i, column in strides], vec, unit
 
 
 def _chunk(x: Tensor, rows: int, blocks: int, block_m: int, most: int) -> int:
@@ -280,8 +268,3 @@ def _chunk(x: Tensor, rows: int, blocks: int, block_m: int, most: int) -> int:
     while chunk < most and rows * blocks > chunk * slots:
         chunk *= 2
     return chunk
-
-
-def _vector(bias: Tensor | None) -> Tensor | None:
-    """[F], nothing next to x."""
-    return bias if bias is None or bias.stride(0) == 1 else bias.contiguous()
