@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,8 +17,13 @@ CASES = {case.id: case for case in testing.cases(torch.float64)}
 every_case = pytest.mark.parametrize("name", CASES)
 
 
+def cases(dtype: torch.dtype) -> Iterator[testing.Case]:
+    """Where tensors are made by default: tests/kernels runs some of these tests on a GPU."""
+    return testing.cases(dtype, torch.get_default_device().type)
+
+
 def in_dtype(name: str, dtype: torch.dtype) -> testing.Case:
-    return next(case for case in testing.cases(dtype) if case.id == name)
+    return next(case for case in cases(dtype) if case.id == name)
 
 
 def differentiable(case: testing.Case):
@@ -126,27 +132,22 @@ def test_opcheck(name, monkeypatch):
     """The registered ops, forward and backward, as a call of the public function reaches them."""
     case = in_dtype(name, torch.float32)
     op = __import__(f"dit_kernels.ops.{case.op}", fromlist=["_op"])._op
-    calls = []
-
-    def record(operator):
-        def run(*args):
-            calls.append((operator, args))
-            return operator(*args)
-
-        return run
-
     forward, backward = op.forward_op, op.backward_op
-    monkeypatch.setattr(op, "forward_op", record(forward))
+    given, passed = [], []
+    monkeypatch.setattr(op, "forward_op", lambda *args: given.append(args) or forward(*args))
+    run = type(op).__call__
+    monkeypatch.setattr(
+        type(op), "__call__", lambda *args, **kept: passed.append(kept) or run(*args, **kept)
+    )
     call, leaves = differentiable(case)
     outputs = call(*(leaf.detach() for leaf in leaves))
-    (recorded,) = calls
-    *arguments, stats, backend = recorded[1]
+    ((*arguments, stats, backend),) = given
     assert stats is False
     torch.library.opcheck(forward, (*arguments, True, backend))
     torch.library.opcheck(forward, (*arguments, False, backend))
     tensors, statics = arguments[: op.n_tensors], arguments[op.n_tensors :]
     everything = forward(*tensors, *statics, True, backend)
-    saved = everything[len(outputs) :]
+    saved = [everything[i] for i in passed[0].get("save", ())] + everything[len(outputs) :]
     needs = [t is not None and t.is_floating_point() for t in tensors]
     grads = [torch.randn_like(out) for out in everything[: len(outputs)]]
     torch.library.opcheck(backward, (grads, *tensors, saved, *statics, needs, backend))
@@ -170,7 +171,7 @@ def test_non_contiguous_inputs_give_the_same(name):
 @every_case
 def test_autocast_keeps_the_gradients_dtypes(name):
     case = in_dtype(name, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         result = testing.run(case.function, case.kwargs)
     for tensor, grad in result.grads.items():
         assert grad.dtype == case.kwargs[tensor].dtype
@@ -349,7 +350,7 @@ def test_outputs_are_written_everywhere(monkeypatch):
     torch.use_deterministic_algorithms(True)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     try:
-        for case in testing.cases(torch.float32):
+        for case in cases(torch.float32):
             for name, value in testing.run(case.function, case.kwargs).all().items():
                 if (case.function, name) != ("attention3d", "out1"):
                     assert value.isfinite().all(), (case.id, name)
