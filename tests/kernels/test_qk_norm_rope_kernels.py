@@ -96,6 +96,17 @@ def test_angles_of_other_strides(check):
     check(OP, **qk(2, 5, 2, 8), cos=table[:, 0, ::2], sin=table[:, 1, ::2])
 
 
+@every_dtype
+@pytest.mark.parametrize("dims", [2, 4])
+def test_one_token_turns(check, dims, dtype):
+    """The stride of a table of one row, 72 bytes here, means nothing."""
+    shape = (1, 36) if dims == 2 else (1, 1, 1, 36)
+    table = {name: value.to(dtype) for name, value in angles(*shape).items()}
+    q = torch.randn(1, 3, 2, 72).to(dtype)
+    check(OP, q=q[:, :1], **table)
+    check(OP, q=q, rope_start=1, rope_len=1, **table)
+
+
 def test_parameters_of_other_dtypes(check):
     x = {name: value.bfloat16() for name, value in qk(2, 5, 2, 16).items()}
     weights = {"q_weight": torch.randn(16), "k_weight": torch.randn(32)[::2].half()}

@@ -261,8 +261,7 @@ def _angle_numbers(cos: Tensor | None, start: int) -> list[int]:
     if cos is None:
         return [0] * 7
     code = cuda_extension.dtype_code(cos)
-    if cos.dim() == 2:
-        return [0, cos.stride(0), 0, cos.stride(1), code, start, cos.shape[0]]
+    cos = cos[None, :, None] if cos.dim() == 2 else cos
     sample, token, head = (
         s if n > 1 else 0 for n, s in zip(cos.shape[:3], cos.stride()[:3], strict=True)
     )
