@@ -56,6 +56,12 @@ LIMITS = {
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # kernels whose narrow loads are no fault, and why
 NARROW: dict[str, str] = {}
+NARROW_STORES = {
+    "add_rows_kernel": "a thread has four sums: 8 bytes in 16 bits",
+    "patch_embed_bwd_weight_kernel": "accumulators go as the tensor cores hold them, once a program",
+    "final_layer_bwd_weight_kernel": "the same",
+    "qk_norm_rope_bwd_angles_kernel": "a thread has one angle",
+}
 # 16-bit products of tiles belong on tensor cores; the next rows belong on their way while these are computed
 PRODUCTS = (
     "patch_embed_fwd_kernel", "patch_embed_bwd_video_kernel", "patch_embed_bwd_weight_kernel",
@@ -257,10 +263,11 @@ def problems(row: Row) -> list[str]:
     found = []
     if row["spills"]:
         found.append("spills")
-    narrow = 0 < row["main_load"] < 16 and not row["tma"]
-    if narrow and row["kernel"].partition("<")[0] not in NARROW:
-        found.append(f"most bytes come by loads of {row['main_load']}")
     name, _, arguments = row["kernel"].partition("<")
+    if 0 < row["main_load"] < 16 and not row["tma"] and name not in NARROW:
+        found.append(f"most bytes come by loads of {row['main_load']}")
+    if 0 < row["store"] < 16 and name not in NARROW_STORES:
+        found.append(f"no store is wider than {row['store']}")
     if name in PRODUCTS and arguments.startswith(NARROW_TYPES) and not row["matrix"]:
         found.append("a 16-bit product without tensor cores")
     if name in PREFETCHED and not (row["asynchronous"] or row["tma"]):

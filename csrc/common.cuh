@@ -92,6 +92,27 @@ struct Word<16> {
   using type = uint4;
 };
 
+// 16 or 8 bytes to global memory by one instruction: in a long kernel the compiler cuts a plain store into
+// stores of 4 bytes
+__device__ __forceinline__ void store_global(void* address, const uint4& value) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(address) = value;
+#endif
+}
+__device__ __forceinline__ void store_global(void* address, const uint2& value) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(address)), "r"(value.x),
+               "r"(value.y)
+               : "memory");
+#else
+  *static_cast<uint2*>(address) = value;
+#endif
+}
+
 // `count` adjacent elements as they are in memory, `count * sizeof(T)` aligned: one access of up to 16 bytes
 template <typename T, int count>
 struct alignas(sizeof(T) * count) Packed {

@@ -105,10 +105,11 @@ __device__ inline void store_channels(void* data, int64_t offset, const float (&
   if constexpr (WIDTH == 1) {
     store_one(data, offset, values[0], dtype);
   } else if (dtype == DType::float32) {
-    float4* to = reinterpret_cast<float4*>(static_cast<float*>(data) + offset);
+    float* to = static_cast<float*>(data) + offset;
 #pragma unroll
-    for (int i = 0; i < WIDTH / 4; ++i) {
-      to[i] = make_float4(values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3]);
+    for (int i = 0; i < WIDTH; i += 4) {
+      store_global(to + i, make_uint4(__float_as_uint(values[i]), __float_as_uint(values[i + 1]),
+                                      __float_as_uint(values[i + 2]), __float_as_uint(values[i + 3])));
     }
   } else {
     uint32_t pairs[WIDTH / 2];
@@ -116,9 +117,9 @@ __device__ inline void store_channels(void* data, int64_t offset, const float (&
     for (int i = 0; i < WIDTH / 2; ++i) pairs[i] = pack(values[2 * i], values[2 * i + 1], dtype);
     void* to = static_cast<uint16_t*>(data) + offset;
     if constexpr (WIDTH == 8) {
-      *static_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      store_global(to, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
     } else {
-      *static_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
+      store_global(to, make_uint2(pairs[0], pairs[1]));
     }
   }
 }

@@ -40,6 +40,9 @@ def test_what_is_read_from_machine_code():
         ({"spills": 2}, ["spills"]),
         ({"main_load": 4}, ["most bytes come by loads of 4"]),
         ({"main_load": 0}, []),
+        ({"store": 4}, ["no store is wider than 4"]),
+        ({"store": 0}, []),
+        ({"store": 4, "kernel": "final_layer_bwd_weight_kernel<__half, 8>"}, []),
         ({"occupancy": 0.0}, ["not even one block fits"]),
         ({"matrix": ""}, ["a 16-bit product without tensor cores"]),
         ({"matrix": "", "kernel": "patch_embed_fwd_kernel<float>"}, []),
@@ -52,12 +55,12 @@ def test_what_is_read_from_machine_code():
         ({"dynamic": 32 * 1024, "shared": 17 * 1024},
          ["50176 bytes of shared memory, for which the launcher does not ask"]),
     ],
-    ids=["fine", "spills", "narrow", "no-load", "too-large", "slow-product", "float32-product", "slow-product-fp16",
+    ids=["fine", "spills", "narrow", "no-load", "narrow-store", "no-store", "accumulators", "too-large", "slow-product", "float32-product", "slow-product-fp16",
          "synchronous", "asynchronous", "too-much-with-its-own", "asked-for", "least", "unasked"],
 )  # fmt: skip
 def test_what_fails(changed, problem):
     row = {
-        "spills": 0, "main_load": 16, "tma": False, "kernel": "patch_embed_fwd_kernel<__nv_bfloat16>",
+        "spills": 0, "main_load": 16, "store": 16, "tma": False, "kernel": "patch_embed_fwd_kernel<__nv_bfloat16>",
         "occupancy": 0.5, "matrix": "HMMA", "asynchronous": False, "arch": "90a", "shared": 1024, "dynamic": 0,
     }  # fmt: skip
     assert audit_cuda.problems({**row, **changed}) == problem
@@ -85,7 +88,7 @@ def test_names_are_the_emulators():
 def test_the_kernels_of_products_are_in_the_sources():
     """A renamed kernel would otherwise be held to nothing."""
     text = "".join(path.read_text() for path in (audit_cuda.ROOT / "csrc").glob("*.cu"))
-    for name in (*audit_cuda.PRODUCTS, *audit_cuda.PREFETCHED):
+    for name in (*audit_cuda.PRODUCTS, *audit_cuda.PREFETCHED, *audit_cuda.NARROW_STORES):
         assert f" {name}(" in text, name
 
 
