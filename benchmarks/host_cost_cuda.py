@@ -69,11 +69,17 @@ def microseconds(runs: list[Run]) -> list[float]:
 
 
 def allocation(call: Run, like: Tensor) -> Run:
-    """A call that allocates what this one does, and no more."""
+    """A call that allocates what this one does, each in the cheapest way, and no more."""
     with Allocations() as mode:
         call()
-    found = mode.found
-    return lambda: [like.new_empty(size, dtype=dtype) for size, dtype in found]
+    found = [
+        None if (size, dtype) == (like.shape, like.dtype) else (tuple(size), dtype)
+        for size, dtype in mode.found
+    ]
+    return lambda: [
+        torch.empty_like(like) if other is None else like.new_empty(other[0], dtype=other[1])
+        for other in found
+    ]
 
 
 def observed(module: Any, name: str, call: Run) -> tuple[Any, ...] | None:
