@@ -182,6 +182,15 @@ def test_row_index(check, rows, channels):
         scale=randn(rows, c), scale_table=randn(c), weight=randn(c), row_index=index)  # fmt: skip
 
 
+@pytest.mark.parametrize("rows", [(3, 9), (9, 3)], ids=str)
+def test_row_index_into_tables_of_other_lengths(check, rows):
+    """It stays within the shorter one."""
+    gate, shift = (randn(n, 40) for n in rows)
+    check(
+        "gated_adaln", residual=randn(2, 7, 40), branch=randn(2, 7, 40), gate=gate, shift=shift,
+        row_index=torch.randint(0, 3, (2, 7)).int())  # fmt: skip
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 40), (2, 0, 40), (0, 40)], ids=str)
 def test_empty(backend, shape):
     x = randn(*shape).requires_grad_()
