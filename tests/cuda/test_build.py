@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from dit_kernels.ops import cuda_extension
 
@@ -177,8 +179,22 @@ def test_the_source_package_has_every_source(tmp_path, tracked):
     assert sources - names == set()
 
 
+def needed_by(name: str) -> dict[str, importlib.metadata.Distribution]:
+    """What pip would install for it: the distributions that it requires, and those that they require."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    wanted = [name]
+    while wanted:
+        distribution = importlib.metadata.distribution(wanted.pop())
+        for requirement in map(Requirement, distribution.requires or ()):
+            asked = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if asked and requirement.name not in found:
+                found[requirement.name] = importlib.metadata.distribution(requirement.name)
+                wanted.append(requirement.name)
+    return found
+
+
 def test_the_wheel_works_where_nothing_else_is(tmp_path, tracked):
-    """Installed into a new environment that borrows this one's torch, but not this source tree."""
+    """Installed into a new environment that has its requirements alone, linked to this one's."""
     archs = os.environ.get("DIT_KERNELS_CUDA_ARCHS", "90a-real;90-virtual")
     environment = {**os.environ, "DIT_KERNELS_CUDA": "1", "DIT_KERNELS_CUDA_ARCHS": archs}
     command(
@@ -196,9 +212,12 @@ def test_the_wheel_works_where_nothing_else_is(tmp_path, tracked):
     python = tmp_path / "new" / "bin" / "python"
     command(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel)
     (packages,) = (tmp_path / "new").glob("lib/python*/site-packages")
-    # a .pth of a folder adds what is installed there, and not what its own .pth files add
-    borrowed = Path(torch.__file__).parents[1]
-    (packages / "borrowed.pth").write_text(f"{borrowed}\n")
+    for distribution in needed_by("dit-kernels").values():
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(distribution.locate_file(top))
+    with pytest.raises(AssertionError, match="No module named 'pytest'"):
+        command(python, "-c", "import pytest", cwd=tmp_path)
     smoke = """
 import torch, dit_kernels, sys
 from dit_kernels import ops, models
