@@ -19,7 +19,7 @@
 #define __device__
 #define __host__
 #define __constant__ static const
-#define __shared__ static thread_local
+#define __shared__ static thread_local __attribute__((aligned(DK_SHARED_ALIGNMENT)))
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)

@@ -36,6 +36,10 @@ struct Granule {
 };
 constexpr size_t GRANULE = 2;  // bytes: the smallest element of these kernels
 
+// cuda.h aligns every `__shared__` variable to this, so that one ends well before the next one begins.
+constexpr size_t SHARED_ALIGNMENT = DK_SHARED_ALIGNMENT;
+constexpr size_t RED_ZONE = 512;  // at least
+
 struct Shared {
   uintptr_t begin = 0, end = 0;
   Granule* shadow = nullptr;
@@ -149,6 +153,7 @@ std::string place(Dim3 d);
 // memory.cpp: what is checked of every access, and the shadow that knows who touched shared memory
 void access(const void* address, size_t bytes, size_t alignment, bool write, const void* code);
 Shared with_shadow(uintptr_t begin, size_t bytes);
+void read_variables();
 void find_statics(Worker& w);
 
 }  // namespace emulator

@@ -1,8 +1,14 @@
 // What is checked of every access of a kernel: bounds, alignment, races on shared memory, copies in flight.
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <fcntl.h>
 #include <link.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 
@@ -13,6 +19,14 @@ namespace {
 
 uintptr_t image_begin, image_end;  // this library: constants of a kernel lie in it
 thread_local char tls_anchor;      // in the same thread-local block as every `__shared__` variable
+
+// A `__shared__` variable: its place in that block. No two begin in the same SHARED_ALIGNMENT bytes.
+struct Variable {
+  size_t begin = 0, end = 0;
+  const char* symbol = nullptr;
+};
+std::vector<Variable> variables;  // of each SHARED_ALIGNMENT bytes of the block
+std::vector<size_t> guards;       // the compiler's own, sorted: whether a variable has been constructed
 
 void drop_shadow(Shared& shared) {
   if (shared.shadow) munmap(shared.shadow, ((shared.end - shared.begin) / GRANULE + 1) * sizeof(Granule));
@@ -38,6 +52,15 @@ int find_image(dl_phdr_info* info, size_t, void* result) {
   found->begin = reinterpret_cast<uintptr_t>(info->dlpi_tls_data);
   found->end = found->begin + tls;
   return 1;
+}
+
+// "scratch" from the mangled "kernel(float*)::scratch"
+std::string variable_name(const Variable& variable) {
+  int status = 0;
+  char* found = abi::__cxa_demangle(variable.symbol, nullptr, nullptr, &status);
+  const std::string name = status == 0 ? found : variable.symbol;
+  std::free(found);
+  return name.substr(name.rfind(':') + 1);
 }
 
 std::string who(const Worker& w, unsigned linear) {
@@ -115,9 +138,27 @@ void global_access(Thread& t, uintptr_t p, size_t n, bool write, const void* cod
   stop(t, text("it %s %zu bytes at %p, ", write ? "writes" : "reads", n, reinterpret_cast<void*>(p)) + where, code);
 }
 
+// Within one variable: none lies right behind another. false: it is none of the kernel's.
+bool check_variable(Thread& t, size_t at, size_t n, bool write, const void* code) {
+  const size_t page = at / SHARED_ALIGNMENT;
+  const Variable here = page < variables.size() ? variables[page] : Variable{};
+  if (here.begin <= at && at + n <= here.end) return true;
+  if (std::binary_search(guards.begin(), guards.end(), at)) return false;
+  const Variable next = page + 1 < variables.size() ? variables[page + 1] : Variable{};
+  const bool before = next.begin > at && (!here.symbol || next.begin - at < at + n - here.end);
+  const Variable& nearest = before ? next : here;
+  stop(t, text("it %s %zu bytes of shared memory, %zu bytes %s of %s, which has %zu", write ? "writes" : "reads", n,
+               before ? next.begin - at : at + n - here.end, before ? "before the start" : "past the end",
+               nearest.symbol ? variable_name(nearest).c_str() : "all variables", nearest.end - nearest.begin),
+       code);
+}
+
 void check(Thread& t, uintptr_t p, size_t n, bool write, const void* code) {
   Worker& w = *t.worker;
-  if (p - w.statics.begin < w.statics.end - w.statics.begin) return shared_access(t, w.statics, p, n, write, code);
+  if (p - w.statics.begin < w.statics.end - w.statics.begin) {
+    if (check_variable(t, p - w.statics.begin, n, write, code)) shared_access(t, w.statics, p, n, write, code);
+    return;
+  }
   if (p - w.dynamic.begin < MAX_SHARED) {
     if (p - w.dynamic.begin + n > w.launch->shared)
       stop(t, text("it %s byte %zu of dynamic shared memory; the launch gave %zu", write ? "writes" : "reads",
@@ -137,6 +178,44 @@ Shared with_shadow(uintptr_t begin, size_t bytes) {
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (shadow == MAP_FAILED) throw std::runtime_error("emulator: no memory for the shadow of shared memory");
   return {begin, begin + bytes, static_cast<Granule*>(shadow)};
+}
+
+// Where each `__shared__` variable is: from the symbols in this library's file, which the loader does not map
+void read_variables() {
+  if (!variables.empty()) return;
+  Dl_info library{};
+  dladdr(&variables, &library);
+  const auto failed = [&](const char* why) {
+    return std::runtime_error(text("emulator: the sizes of __shared__ variables are in %s, %s", library.dli_fname, why));
+  };
+  const int file = open(library.dli_fname, O_RDONLY | O_CLOEXEC);
+  struct stat status{};
+  if (file < 0 || fstat(file, &status)) throw failed("which can't be opened");
+  const auto* bytes = static_cast<const char*>(mmap(nullptr, size_t(status.st_size), PROT_READ, MAP_PRIVATE, file, 0));
+  close(file);
+  if (bytes == MAP_FAILED) throw failed("which can't be mapped");  // it stays so: names point into it
+  const auto& header = *reinterpret_cast<const ElfW(Ehdr)*>(bytes);
+  const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(bytes + header.e_shoff);
+  const auto* table = std::find_if(sections, sections + header.e_shnum, [](auto& s) { return s.sh_type == SHT_SYMTAB; });
+  if (table == sections + header.e_shnum) throw failed("which has lost its symbols: don't strip it");
+  const char* names = bytes + sections[table->sh_link].sh_offset;
+  const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(bytes + table->sh_offset);
+  std::vector<Variable> found(1);
+  for (const auto* symbol = symbols; symbol < symbols + table->sh_size / sizeof *symbols; ++symbol) {
+    const Variable variable{symbol->st_value, symbol->st_value + symbol->st_size, names + symbol->st_name};
+    if (!strncmp(variable.symbol, "_ZGV", 4)) guards.push_back(variable.begin);
+    // of functions' variables, "_ZZ", those that cuda.h has aligned
+    if (ELF64_ST_TYPE(symbol->st_info) != STT_TLS || strncmp(variable.symbol, "_ZZ", 3)) continue;
+    if (symbol->st_size == 0 || variable.begin % SHARED_ALIGNMENT) continue;
+    const size_t last = (variable.end + RED_ZONE - 1) / SHARED_ALIGNMENT;
+    if (last > (variable.end - 1) / SHARED_ALIGNMENT)
+      throw failed(text("where less than %zu bytes are free behind the %zu of %s: raise DK_SHARED_ALIGNMENT", RED_ZONE,
+                        size_t(symbol->st_size), variable_name(variable).c_str()).c_str());
+    if (found.size() <= last) found.resize(last + 1);
+    std::fill(found.begin() + long(variable.begin / SHARED_ALIGNMENT), found.begin() + long(last) + 1, variable);
+  }
+  std::sort(guards.begin(), guards.end());
+  variables = std::move(found);
 }
 
 // The static `__shared__` variables of the calling OS thread

@@ -281,6 +281,7 @@ void run(const char* kernel, Dim3 grid, Dim3 block, size_t shared_bytes, void (*
     stacks.begin = (reinterpret_cast<uintptr_t>(memory) + STACK - 1) & ~uintptr_t(STACK - 1);
     stacks.size = size;
   }
+  read_variables();
   Launch launch;
   launch.kernel = kernel, launch.grid = grid, launch.block = block, launch.shared = shared_bytes;
   launch.body = body, launch.args = args;

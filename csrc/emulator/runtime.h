@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#define DK_SHARED_ALIGNMENT 32768
+
 namespace emulator {
 
 struct Dim3 {

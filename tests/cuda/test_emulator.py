@@ -250,6 +250,18 @@ def test_shared_memory_bounds(run):
     assert "index 64 is out of bounds of" in run("past_the_array", out=out, number=1)
 
 
+def test_arrays_in_shared_memory_end_where_they_end(run):
+    """No other array lies behind one, and none of them is another's."""
+    out = zeros(32)
+    for which, name in enumerate(("second", "first")):
+        assert run("leaves_its_array", out=out, number=which) == ""
+        # as far as to where another array would begin, had it no gap before it
+        for shift, place in ((1, "past the end"), (32, "past the end"), (-1, "before the start")):
+            error = run("leaves_its_array", out=out, number=2 * shift + which)
+            assert re.match(r"leaves_its_array: block \(0, 0, 0\), thread \(\d+, 0, 0\)", error)
+            assert re.search(rf"writes 4 bytes .* bytes {place} of {name}, which has 128", error)
+
+
 def test_stacks_and_launches_have_a_size(run):
     assert "local variables need more than" in run("needs_a_large_stack", out=zeros(32))
     assert "invalid launch" in run("dynamic", out=zeros(64), number=300_000)

@@ -80,6 +80,15 @@ __global__ void past_the_array(float* out, int offset) {
   out[threadIdx.x] = 1.0f;
 }
 
+// Through a pointer, behind which the compiler no longer sees the array
+__global__ void leaves_its_array(float* out, int offset) {
+  __shared__ float first[32], second[32];
+  float* to = offset & 1 ? first : second;
+  to[int(threadIdx.x) + (offset >> 1)] = 1.0f;
+  __syncthreads();
+  out[threadIdx.x] = first[threadIdx.x] + second[threadIdx.x];
+}
+
 __global__ void shifted(const float* in, float* out, int read, int write) {
   out[int(threadIdx.x) + write] = in[int(threadIdx.x) + read];
 }
@@ -238,6 +247,7 @@ const std::map<std::string, Toy> toys = {
     TOY(hands_over<false>, 1, 64, 0, A, OUT),
     TOY(dynamic, 1, 64, n, OUT),
     TOY(past_the_array, 1, 64, 0, OUT, n),
+    TOY(leaves_its_array, 1, 32, 0, OUT, n),
     TOY(shifted, 2, 32, 0, A, OUT, 0, 0),
     {"shifted_read", [](const void* a, const void*, void* out, int n) { DK_LAUNCH(shifted, 1, 64, 0, nullptr, A, OUT, n, 0); }},
     {"shifted_write", [](const void* a, const void*, void* out, int n) { DK_LAUNCH(shifted, 1, 64, 0, nullptr, A, OUT, 0, n); }},
