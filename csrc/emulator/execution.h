@@ -30,7 +30,9 @@ struct Stamp {
   uint16_t clock = 0;
   uint16_t thread = 0;
 };
-constexpr uint16_t IN_FLIGHT = 0x8000;  // with `thread`: an asynchronous copy that has not landed
+constexpr uint16_t IN_FLIGHT = 0x8000;  // with `thread` of a write: an asynchronous copy that has not landed
+constexpr uint16_t ATOMIC = 0x4000;     // with `thread` of a read: an atomic, which is one and a write too
+constexpr uint16_t THREAD = ATOMIC - 1;
 struct Granule {
   Stamp written, read, read2;
 };

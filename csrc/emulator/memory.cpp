@@ -69,43 +69,71 @@ std::string who(const Worker& w, unsigned linear) {
 }
 
 bool ordered(const Stamp& before, const Thread& t) {
-  if (before.epoch != t.worker->epoch || before.thread == t.linear) return true;
-  return before.thread / 32 == t.linear / 32 && before.clock < t.clock;
+  if (before.epoch != t.worker->epoch) return true;
+  const unsigned thread = before.thread & THREAD;
+  return thread == t.linear || (thread / 32 == t.linear / 32 && before.clock < t.clock);
 }
 
 [[noreturn]] void race(Thread& t, const Shared& shared, uintptr_t p, const char* does, const char* did, const Stamp& other,
                        const void* code) {
   stop(t, text("race on shared memory: it %s byte %zu of the %s, which thread %s %s, with no barrier between", does,
                size_t(p - shared.begin), &shared == &t.worker->dynamic ? "dynamic part" : "static part",
-               who(*t.worker, other.thread).c_str(), did),
+               who(*t.worker, other.thread & THREAD).c_str(), did),
        code);
+}
+
+const char* done(const Stamp& read) { return read.thread & ATOMIC ? "updated" : "read"; }
+
+// The granule at `at`, which nothing that is under way or unordered has written
+Granule& granule(Thread& t, Shared& shared, uintptr_t at, const char* does, const void* code) {
+  Granule& g = shared.shadow[(at - shared.begin) / GRANULE];
+  const uint32_t first = t.worker->first_epoch;
+  if (g.written.epoch < first && g.read.epoch < first) {
+    memset(reinterpret_cast<void*>(at), 0xff, GRANULE);  // NaN in every format
+    g = {};
+  }
+  if (g.written.thread & IN_FLIGHT && g.written.epoch >= first)
+    stop(t, text("it %s byte %zu of the shared memory, where an asynchronous copy of thread %s has not landed: its wait is missing",
+                 does, size_t(at - shared.begin), who(*t.worker, g.written.thread & ~IN_FLIGHT).c_str()),
+         code);
+  if (!ordered(g.written, t)) race(t, shared, at, does, "wrote", g.written, code);
+  return g;
+}
+
+// Remembers a read or an atomic: two of them, unordered ones, of two warps if there are as many. A later
+// access that is ordered after both is ordered after all, unless three warps and a __syncwarp meet.
+void remember(Granule& g, const Thread& t, const Stamp& now) {
+  const auto spare = [&](const Stamp& s) {  // what was a read must not become an atomic, nor the reverse
+    return ordered(s, t) && (s.epoch != now.epoch || (s.thread & ATOMIC) == (now.thread & ATOMIC));
+  };
+  if (spare(g.read)) g.read = now;
+  else if (spare(g.read2)) g.read2 = now;
+  else if (ordered(g.read2, t) || (g.read2.thread & THREAD) / 32 == (g.read.thread & THREAD) / 32) g.read2 = now;
 }
 
 void shared_access(Thread& t, Shared& shared, uintptr_t p, size_t n, bool write, const void* code) {
   if (p % GRANULE + n > GRANULE && p % GRANULE) ++n;
   const Stamp now{t.worker->epoch, t.clock, uint16_t(t.linear)};
+  const char* does = write ? "writes" : "reads";
   for (uintptr_t at = p & ~uintptr_t(GRANULE - 1); at < p + n; at += GRANULE) {
-    Granule& g = shared.shadow[(at - shared.begin) / GRANULE];
-    const uint32_t first = t.worker->first_epoch;
-    if (g.written.epoch < first && g.read.epoch < first) {
-      memset(reinterpret_cast<void*>(at), 0xff, GRANULE);  // NaN in every format
-      g = {};
+    Granule& g = granule(t, shared, at, does, code);
+    if (write || (g.read.thread | g.read2.thread) & ATOMIC) {
+      for (const Stamp& before : {g.read, g.read2})
+        if ((write || before.thread & ATOMIC) && !ordered(before, t)) race(t, shared, at, does, done(before), before, code);
     }
-    if (g.written.thread & IN_FLIGHT && g.written.epoch >= first)
-      stop(t, text("it %s byte %zu of the shared memory, where an asynchronous copy of thread %s has not landed: its wait is missing",
-                   write ? "writes" : "reads", size_t(at - shared.begin),
-                   who(*t.worker, g.written.thread & ~IN_FLIGHT).c_str()),
-           code);
-    if (!ordered(g.written, t)) race(t, shared, at, write ? "writes" : "reads", "wrote", g.written, code);
-    if (write) {
-      if (!ordered(g.read, t)) race(t, shared, at, "writes", "read", g.read, code);
-      if (!ordered(g.read2, t)) race(t, shared, at, "writes", "read", g.read2, code);
-      g.written = now;
-    } else if (ordered(g.read, t)) {
-      g.read = now;
-    } else if (ordered(g.read2, t)) {
-      g.read2 = now;
-    }
+    if (write) g.written = now;
+    else remember(g, t, now);
+  }
+}
+
+// Atomics don't race with one another.
+void shared_atomic(Thread& t, Shared& shared, uintptr_t p, size_t n, const void* code) {
+  const Stamp now{t.worker->epoch, t.clock, uint16_t(t.linear | ATOMIC)};
+  for (uintptr_t at = p; at < p + n; at += GRANULE) {
+    Granule& g = granule(t, shared, at, "updates", code);
+    for (const Stamp& before : {g.read, g.read2})
+      if (!(before.thread & ATOMIC) && !ordered(before, t)) race(t, shared, at, "updates", "read", before, code);
+    remember(g, t, now);
   }
 }
 
@@ -153,19 +181,20 @@ bool check_variable(Thread& t, size_t at, size_t n, bool write, const void* code
        code);
 }
 
-void check(Thread& t, uintptr_t p, size_t n, bool write, const void* code) {
+void check(Thread& t, uintptr_t p, size_t n, bool write, const void* code, bool atomic = false) {
   Worker& w = *t.worker;
+  Shared* shared = nullptr;
   if (p - w.statics.begin < w.statics.end - w.statics.begin) {
-    if (check_variable(t, p - w.statics.begin, n, write, code)) shared_access(t, w.statics, p, n, write, code);
-    return;
-  }
-  if (p - w.dynamic.begin < MAX_SHARED) {
+    if (!check_variable(t, p - w.statics.begin, n, write, code)) return;
+    shared = &w.statics;
+  } else if (p - w.dynamic.begin < MAX_SHARED) {
     if (p - w.dynamic.begin + n > w.launch->shared)
       stop(t, text("it %s byte %zu of dynamic shared memory; the launch gave %zu", write ? "writes" : "reads",
                    size_t(p - w.dynamic.begin + n - 1), w.launch->shared),
            code);
-    return shared_access(t, w.dynamic, p, n, write, code);
+    shared = &w.dynamic;
   }
+  if (shared) return atomic ? shared_atomic(t, *shared, p, n, code) : shared_access(t, *shared, p, n, write, code);
   if (p - stacks.begin < stacks.size) stop(t, "it touches a local variable of another thread", code);
   global_access(t, p, n, write, code);
 }
@@ -252,11 +281,7 @@ void touch_atomic(const void* address, size_t bytes) {
   const auto p = reinterpret_cast<uintptr_t>(address);
   const void* code = __builtin_return_address(0);
   if (p & (bytes - 1)) stop(t, text("an atomic of %zu bytes at %p", bytes, address), code);
-  const Worker& w = *t.worker;
-  // atomics don't race with one another: on shared memory only the bounds are checked
-  if (p - w.statics.begin < w.statics.end - w.statics.begin) return;
-  if (p - w.dynamic.begin + bytes <= w.launch->shared) return;
-  check(t, p, bytes, true, code);
+  check(t, p, bytes, true, code, true);
 }
 
 }  // namespace emulator

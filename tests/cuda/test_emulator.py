@@ -216,6 +216,24 @@ def test_bugs_are_found(run, name, what, seed):
     assert f"seed {seed}" in error
 
 
+@pytest.mark.parametrize("threads", [32, 128])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_atomics_race_with_what_is_none(run, seed, threads):
+    out = zeros(threads, torch.int32)
+    assert run("counts<Counts::right>", out=out, number=threads, seed=seed) == ""
+    assert torch.equal(out, torch.full_like(out, threads))
+    for how, does in (
+        ("starts_late", "updates .* wrote|writes .* updated"),
+        ("reads_early", "updates .* read|reads .* updated"),
+        ("writes_early", "updates .* wrote|writes .* updated"),
+    ):
+        error = run(f"counts<Counts::{how}>", out=out, number=threads, seed=seed)
+        assert re.match(r"counts<.*>: block \(0, 0, 0\), thread \(\d+, 0, 0\)", error), error
+        assert re.search(rf"race on shared memory: it ({does}), with no barrier between", error), (
+            error
+        )
+
+
 def test_addresses(run):
     out = zeros(64)
     assert run("shifted_read", IN, out=out) == ""

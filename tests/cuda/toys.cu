@@ -67,6 +67,25 @@ __global__ void hands_over(const float* in, float* out) {
   out[threadIdx.x] = out[64 + 63 - threadIdx.x];
 }
 
+enum class Counts { right, starts_late, reads_early, writes_early };
+
+// All threads add to one number; a barrier lies between that and what is no atomic, or not
+template <Counts HOW>
+__global__ void counts(int* out) {
+  __shared__ int count;
+  const auto barrier = [] {
+    if (blockDim.x == 32) __syncwarp();
+    else __syncthreads();
+  };
+  if (threadIdx.x == 5) count = 0;
+  if (HOW != Counts::starts_late) barrier();
+  atomicAdd(&count, 1);
+  if (HOW == Counts::writes_early && threadIdx.x == 9) count = 3;
+  atomicMax(&count, 1);
+  if (HOW != Counts::reads_early) barrier();
+  out[threadIdx.x] = count;
+}
+
 __global__ void dynamic(float* out) {
   DK_DYNAMIC_SHARED(float, tile);
   tile[threadIdx.x] = float(threadIdx.x);
@@ -245,6 +264,10 @@ const std::map<std::string, Toy> toys = {
     TOY(overwrites<false>, 1, 64, 0, A, OUT),
     TOY(hands_over<true>, 1, 64, 0, A, OUT),
     TOY(hands_over<false>, 1, 64, 0, A, OUT),
+    TOY(counts<Counts::right>, 1, n, 0, array<int>(out)),
+    TOY(counts<Counts::starts_late>, 1, n, 0, array<int>(out)),
+    TOY(counts<Counts::reads_early>, 1, n, 0, array<int>(out)),
+    TOY(counts<Counts::writes_early>, 1, n, 0, array<int>(out)),
     TOY(dynamic, 1, 64, n, OUT),
     TOY(past_the_array, 1, 64, 0, OUT, n),
     TOY(leaves_its_array, 1, 32, 0, OUT, n),
