@@ -213,7 +213,7 @@ def test_schema_and_fake_kernels(name):
         case.op, lambda: testing.run(case.function, case.kwargs, backend="triton")
     )
     found = torch.ops.dit_kernels
-    # what is computed in one graph: tests/triton/test_triton_promises.py
+    # what is computed in one graph: tests/kernels/test_promises_kernels.py
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     with offline.recorded():
         for stats in (True, False):
