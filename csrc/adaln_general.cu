@@ -255,7 +255,7 @@ void adaln_backward_sums(const AdalnSums& call, cudaStream_t stream) {
   with_bool(call.channels % 4 == 0, [&](auto wide) {
     constexpr int WIDTH = decltype(wide)::value ? 4 : 1;
     const dim3 grid(static_cast<unsigned>(ceil_div(call.channels, kSumLanes * WIDTH)),
-                    static_cast<unsigned>(std::min<int64_t>(groups, 65535)), static_cast<unsigned>(call.count));
+                    static_cast<unsigned>(std::min(groups, most_blocks())), static_cast<unsigned>(call.count));
     DK_LAUNCH(adaln_bwd_sums_kernel<WIDTH>, grid, dim3(kSumLanes * kSumRows), 0, stream, call);
   });
 }

@@ -606,6 +606,8 @@ PYBIND11_MODULE(DK_MODULE, module) {
 
 #ifdef DK_EMULATED
   module.def("set_seed", &emulator::set_seed, "The order of threads and blocks in the launches to come");
+  module.def("set_most_blocks", &emulator::set_most_blocks, "What y of a grid may be in the launches to come");
+  module.def("written", &emulator::written, "Bytes that the kernels have written to tensors so far");
   module.def("record", &emulator::record, "Launches are only noted from now on, or run again");
   module.def("recorded", &recorded, "(kernel, grid, block, bytes of dynamic shared memory) of each launch since `record`");
 #endif

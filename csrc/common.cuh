@@ -313,6 +313,9 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Blocks along y or z of a grid
+inline int64_t most_blocks() { return 65535; }
+
 inline int multiprocessors() {
   static int counts[64] = {};
   int device = 0;
@@ -366,6 +369,8 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 }
 
 #else
+
+inline int64_t most_blocks() { return ::emulator::most_blocks(); }
 
 inline int multiprocessors() { return ::emulator::multiprocessors(); }
 

@@ -116,6 +116,7 @@ struct Worker {
   Shared statics, dynamic;
   unsigned char* dynamic_memory = nullptr;
   size_t last_buffer = 0;
+  uint64_t written = 0;  // bytes, of tensors
   int count = 0, counted = 0, count_result = 0;
   jmp_buf scheduler;
 

@@ -139,6 +139,7 @@ void shared_atomic(Thread& t, Shared& shared, uintptr_t p, size_t n, const void*
 
 void global_access(Thread& t, uintptr_t p, size_t n, bool write, const void* code) {
   Worker& w = *t.worker;
+  if (write) w.written += n;
   auto holds = [&](const Buffer& b) { return b.begin <= p && p + n <= b.end && (b.writable || !write); };
   if (w.last_buffer < buffers.size() && holds(buffers[w.last_buffer])) return;
   for (size_t i = 0; i < buffers.size(); ++i)

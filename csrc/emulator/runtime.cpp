@@ -31,6 +31,8 @@ struct Note {
 };
 std::vector<Note> notes;
 uint64_t seed = 0;
+constexpr int64_t MOST_BLOCKS = 65535;  // along y or z
+int64_t blocks_allowed = MOST_BLOCKS;
 std::mutex one_launch;
 Worker workers[MAX_WORKERS];
 
@@ -261,6 +263,18 @@ void declare_buffer(const Buffer& buffer) {
 void forget_buffers() { buffers.clear(); }
 void set_seed(uint64_t value) { seed = value; }
 
+int64_t most_blocks() { return blocks_allowed; }
+void set_most_blocks(int64_t blocks) {
+  if (blocks < 1 || blocks > MOST_BLOCKS) throw std::invalid_argument(text("1 to %d blocks", int(MOST_BLOCKS)));
+  blocks_allowed = blocks;
+}
+
+uint64_t written() {
+  uint64_t bytes = 0;
+  for (const Worker& w : workers) bytes += w.written;
+  return bytes;
+}
+
 void run(const char* kernel, Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(const void*), const void* args,
          size_t args_bytes) {
   std::lock_guard<std::mutex> lock(one_launch);
@@ -270,8 +284,8 @@ void run(const char* kernel, Dim3 grid, Dim3 block, size_t shared_bytes, void (*
   }
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  if (threads == 0 || threads > MAX_THREADS || block.z > 64 || grid.x > 0x7fffffffu || grid.y > 65535 ||
-      grid.z > 65535 || shared_bytes > MAX_SHARED)
+  if (threads == 0 || threads > MAX_THREADS || block.z > 64 || grid.x > 0x7fffffffu ||
+      grid.y > most_blocks() || grid.z > MOST_BLOCKS || shared_bytes > MAX_SHARED)
     throw std::runtime_error(text("%s: invalid launch: grid %s, block %s, %zu bytes of shared memory", kernel_name(kernel).c_str(),
                                   place(grid).c_str(), place(block).c_str(), shared_bytes));
   if (!stacks.size) {

@@ -28,6 +28,13 @@ void forget_buffers();
 // Threads of a block run in an order drawn from this seed, and so do the blocks.
 void set_seed(uint64_t seed);
 
+// Blocks along y or z of a grid: 65535, or fewer, so that a small call has more than fit
+int64_t most_blocks();
+void set_most_blocks(int64_t blocks);
+
+// Bytes that the kernels have written to tensors so far: more, where two blocks do one's work
+uint64_t written();
+
 // One launch, in the order of `record`
 struct Launched {
   std::string kernel;  // with its template arguments

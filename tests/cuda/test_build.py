@@ -118,7 +118,7 @@ def test_both_extensions_have_the_same_launchers():
     assert names == {name for name in dir(emulated) if not name.startswith("_")} - EMULATOR_ONLY
 
 
-EMULATOR_ONLY = {"set_seed", "record", "recorded"}
+EMULATOR_ONLY = {"set_seed", "set_most_blocks", "written", "record", "recorded"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
