@@ -211,15 +211,31 @@ void begin_block(Worker& w, uint64_t number) {
   }
 }
 
+// Number i of 0 to count - 1 in an order drawn from the seed: a Feistel network permutes the next power of four,
+// and what falls past the end goes through it again
+uint64_t shuffled(uint64_t i, uint64_t count) {
+  unsigned half = 0;
+  while (count > uint64_t{1} << 2 * half) ++half;
+  const uint64_t mask = (uint64_t{1} << half) - 1;
+  do {
+    uint64_t low = i & mask, high = i >> half;
+    for (uint64_t round = 0; round < 6; ++round) {
+      uint64_t mixed = (low + 1) * 0x9e3779b97f4a7c15ull ^ (seed + 1) * 0xbf58476d1ce4e5b9ull ^ round << 56;
+      mixed = (mixed ^ mixed >> 30) * 0xbf58476d1ce4e5b9ull;
+      mixed = (mixed ^ mixed >> 27) * 0x94d049bb133111ebull;
+      const uint64_t next = high ^ (mixed >> 32 & mask);
+      high = low, low = next;
+    }
+    i = high << half | low;
+  } while (i >= count);
+  return i;
+}
+
 void run_blocks(Worker& w) {
   find_statics(w);
   Launch& launch = *w.launch;
-  // blocks in a seeded order too: multiplication by a number prime to their count
-  uint64_t step = (seed * 2654435761ull + 7919) % launch.blocks | 1;
-  while (launch.blocks > 1 && std::__gcd(step, launch.blocks) != 1) step += 2;
   for (uint64_t i; !launch.failed && (i = launch.next++) < launch.blocks;) {
-    const auto number = uint64_t((unsigned __int128)(i) * step % launch.blocks);
-    begin_block(w, number);
+    begin_block(w, shuffled(i, launch.blocks));
     const int why = _setjmp(w.scheduler);
     if (why == 2) {  // an error: the fibers of this block are given up where they stand
       for (unsigned k = 0; k < w.threads; ++k)

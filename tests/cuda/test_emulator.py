@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import re
 import shutil
@@ -160,6 +161,20 @@ def test_order_is_drawn_from_the_seed(run):
     assert first != sorted(first)
     assert first == order(0)
     assert first != order(1)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 1000])
+def test_blocks_run_in_any_order(run, blocks):
+    """Of a few blocks each order comes up, and of many each is first now and then."""
+    orders = set()
+    for seed in range(100):
+        out = zeros(1 + blocks, torch.int32)
+        assert run("order_of_blocks", out=out, number=blocks, seed=seed) == ""
+        orders.add(tuple((out[1:] + 1).tolist()))
+        assert sorted(out[1:].tolist()) == list(range(-1, blocks - 1))
+    assert len(orders) >= {1: 1, 2: 2, 3: 6, 5: 50, 1000: 100}[blocks]
+    firsts = collections.Counter(order.index(0) for order in orders)
+    assert len(firsts) >= min(blocks, 60)
 
 
 def test_a_missing_barrier_changes_the_result(run):

@@ -19,6 +19,8 @@ __global__ void block_sums(const float* in, float* out) {
 
 __global__ void order(int* counter, int* out) { out[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(counter, 1); }
 
+__global__ void order_of_blocks(int* counter, int* out) { out[blockIdx.x] = atomicAdd(counter, 1); }
+
 __global__ void leaves_some_unwritten(float* out) {
   if (threadIdx.x % 2 == 0) out[threadIdx.x] = 1.0f;
 }
@@ -254,6 +256,7 @@ using Toy = std::function<void(const void*, const void*, void*, int)>;  // a, b,
 const std::map<std::string, Toy> toys = {
     TOY(block_sums, n, 128, 0, A, OUT),
     TOY(order, 4, 64, 0, array<int>(out), array<int>(out) + 1),
+    TOY(order_of_blocks, n, 1, 0, array<int>(out), array<int>(out) + 1),
     TOY(leaves_some_unwritten, 1, 64, 0, OUT),
     TOY(reads_unwritten_shared, 1, 64, 0, OUT, n),
     TOY(reverses<true>, 1, 64, 0, A, OUT),
