@@ -22,7 +22,13 @@
 #define __shared__ static thread_local __attribute__((aligned(DK_SHARED_ALIGNMENT)))
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
-#define __launch_bounds__(...)
+// As many no-ops in front of the function: how a number of its declaration reaches the launch (runtime.cpp).
+// sizeof is a number also where the threads depend on a template's argument.
+#define DK_BOUND(...) sizeof(char[::emulator::first(__VA_ARGS__)])
+#define __launch_bounds__(...) __attribute__((patchable_function_entry(DK_BOUND(__VA_ARGS__), DK_BOUND(__VA_ARGS__))))
+namespace emulator {
+constexpr int first(int threads, int = 0) { return threads; }
+}  // namespace emulator
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __CUDA_ARCH_LIST__ 900
@@ -325,6 +331,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     const Call& c = *static_cast<const Call*>(address);
     std::apply(c.first, c.second);
   };
-  run(name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes, body, &call, sizeof call);
+  run(name, reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes,
+      body, &call, sizeof call);
 }
 }  // namespace emulator

@@ -54,6 +54,21 @@ std::string kernel_name(const char* mangled) {
   return name;
 }
 
+// The most threads of a kernel's block, 0 where it doesn't say: cuda.h puts as many no-ops in front of it, and
+// the compiler lists where those begin.
+extern "C" __attribute__((weak, visibility("hidden"))) const uintptr_t __start___patchable_function_entries[];
+extern "C" __attribute__((weak, visibility("hidden"))) const uintptr_t __stop___patchable_function_entries[];
+
+unsigned launch_bound(const void* kernel) {
+  const auto* code = static_cast<const unsigned char*>(kernel);
+  for (auto* entry = __start___patchable_function_entries; entry < __stop___patchable_function_entries; ++entry) {
+    const auto* begin = reinterpret_cast<const unsigned char*>(*entry);
+    if (begin >= code || code - begin > 65535) continue;
+    if (std::all_of(begin, code, [](unsigned char byte) { return byte == 0x90; })) return unsigned(code - begin);
+  }
+  return 0;
+}
+
 // "in f() at csrc/f.cu:12", where the library has line numbers and binutils are installed
 std::string source_line(const void* code) {
   Dl_info info;
@@ -291,19 +306,23 @@ uint64_t written() {
   return bytes;
 }
 
-void run(const char* kernel, Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(const void*), const void* args,
-         size_t args_bytes) {
+void run(const char* kernel, const void* code, Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(const void*),
+         const void* args, size_t args_bytes) {
   std::lock_guard<std::mutex> lock(one_launch);
-  if (only_recording) {
-    notes.push_back({kernel, grid, block, shared_bytes});
-    return;
-  }
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (threads == 0 || threads > MAX_THREADS || block.z > 64 || grid.x > 0x7fffffffu ||
       grid.y > most_blocks() || grid.z > MOST_BLOCKS || shared_bytes > MAX_SHARED)
     throw std::runtime_error(text("%s: invalid launch: grid %s, block %s, %zu bytes of shared memory", kernel_name(kernel).c_str(),
                                   place(grid).c_str(), place(block).c_str(), shared_bytes));
+  const unsigned bound = launch_bound(code);
+  if (bound && threads > bound)
+    throw std::runtime_error(text("%s: invalid launch: block %s, and the kernel has __launch_bounds__(%u)",
+                                  kernel_name(kernel).c_str(), place(block).c_str(), bound));
+  if (only_recording) {
+    notes.push_back({kernel, grid, block, shared_bytes});
+    return;
+  }
   if (!stacks.size) {
     const size_t size = MAX_WORKERS * MAX_THREADS * STACK;
     void* memory = mmap(nullptr, size + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -48,9 +48,9 @@ bool recording();
 std::vector<Launched> recorded();  // since `record`
 
 // Runs body(args) once a thread. Throws std::runtime_error with kernel, block and thread.
-// kernel: the mangled name of its type Kernel<...>.
-void run(const char* kernel, Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(const void*),
-         const void* args, size_t args_bytes);
+// kernel: the mangled name of its type Kernel<...>. code: where it begins.
+void run(const char* kernel, const void* code, Dim3 grid, Dim3 block, size_t shared_bytes,
+         void (*body)(const void*), const void* args, size_t args_bytes);
 
 // Inside a kernel. A fiber's identity never changes while the kernel runs.
 __attribute__((const)) Dim3 thread_index() noexcept;

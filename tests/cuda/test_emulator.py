@@ -298,6 +298,13 @@ def test_arrays_in_shared_memory_end_where_they_end(run):
 def test_stacks_and_launches_have_a_size(run):
     assert "local variables need more than" in run("needs_a_large_stack", out=zeros(32))
     assert "invalid launch" in run("dynamic", out=zeros(64), number=300_000)
+    for name, bound in (("bounded<48>", 96), ("also_bounded", 64), ("unbounded", 1024)):
+        out = zeros(bound)
+        assert run(name, out=out, number=bound) == ""
+        assert not out.isnan().any()
+        error = run(name, out=out, number=bound + 1)
+        says = "" if name == "unbounded" else rf"\({bound + 1}, 1, 1\), .*__launch_bounds__\({bound}\)"
+        assert re.match(rf"{name}: invalid launch: .*block {says}", error), error
     # and after an error everything is as before
     test_block_sum(run, 3)
 

@@ -235,6 +235,15 @@ __global__ void needs_a_large_stack(float* out) {
   out[threadIdx.x] = local[threadIdx.x];
 }
 
+template <int THREADS>
+__global__ void __launch_bounds__(2 * THREADS, 1) bounded(float* out) {
+  out[threadIdx.x] = THREADS;
+}
+
+__global__ void __launch_bounds__(64) also_bounded(float* out) { out[threadIdx.x] = 1.0f; }
+
+__global__ void unbounded(float* out) { out[threadIdx.x] = 1.0f; }
+
 template <typename T>
 T* array(const void* data) {
   return static_cast<T*>(const_cast<void*>(data));
@@ -295,7 +304,9 @@ const std::map<std::string, Toy> toys = {
     TOY(named_barriers, 1, 128, 0, A, OUT),
     TOY(votes, 1, 64, 0, array<int>(out)),
     TOY(needs_a_large_stack, 1, 32, 0, OUT),
-    TOY(leaves_some_unwritten, 1, 2048, 0, OUT),
+    TOY(bounded<48>, 1, n, 0, OUT),
+    TOY(also_bounded, 1, n, 0, OUT),
+    TOY(unbounded, 1, n, 0, OUT),
 };
 
 }  // namespace
