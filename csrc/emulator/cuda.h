@@ -15,6 +15,15 @@
 
 #include "runtime.h"
 
+// What a kernel copies by a library function is checked too (sanitizer.cpp). The emulator's own files are not.
+#ifdef __SANITIZE_THREAD__
+extern "C" {
+void* memcpy(void*, const void*, size_t) noexcept __asm__("__tsan_memcpy");
+void* memmove(void*, const void*, size_t) noexcept __asm__("__tsan_memmove");
+void* memset(void*, int, size_t) noexcept __asm__("__tsan_memset");
+}
+#endif
+
 #define __global__
 #define __device__
 #define __host__
@@ -122,12 +131,12 @@ using nv_bfloat162 = __nv_bfloat162;
 
 inline float __uint_as_float(unsigned bits) {
   float value;
-  std::memcpy(&value, &bits, 4);
+  __builtin_memcpy(&value, &bits, 4);
   return value;
 }
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
-  std::memcpy(&bits, &value, 4);
+  __builtin_memcpy(&bits, &value, 4);
   return bits;
 }
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
@@ -240,9 +249,9 @@ inline void __threadfence_block() {}
   T name(unsigned mask, T value, operand_type operand, int width = 32) {                  \
     static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");                     \
     uint64_t bits = 0;                                                                    \
-    std::memcpy(&bits, static_cast<void*>(&value), sizeof(T));                                              \
+    __builtin_memcpy(&bits, static_cast<void*>(&value), sizeof(T));                                              \
     bits = ::emulator::shuffle(::emulator::Shuffle::kind, mask, bits, static_cast<int>(operand), width); \
-    std::memcpy(static_cast<void*>(&value), &bits, sizeof(T));                            \
+    __builtin_memcpy(static_cast<void*>(&value), &bits, sizeof(T));                            \
     return value;                                                                         \
   }
 DK_SHUFFLE(__shfl_sync, index, int)
@@ -284,9 +293,9 @@ __attribute__((no_sanitize("thread"))) T atomically(T* address, Change change) {
   Raw expected = __atomic_load_n(raw, __ATOMIC_RELAXED), wanted;
   T before;
   do {
-    std::memcpy(&before, &expected, sizeof(T));
+    __builtin_memcpy(&before, &expected, sizeof(T));
     T after = change(before);
-    std::memcpy(&wanted, &after, sizeof(T));
+    __builtin_memcpy(&wanted, &after, sizeof(T));
   } while (!__atomic_compare_exchange_n(raw, &expected, wanted, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return before;
 }

@@ -263,6 +263,28 @@ def test_addresses(run):
     assert "past the end of a" in run("shifted_read", both[:64], out=both[100:164], number=36)
 
 
+@pytest.mark.parametrize("how", ["memcpy", "memmove", "memset", "constant", "row"])
+def test_copies_by_library_functions(run, how):
+    """Of a size known at run time or not, and of a struct that is copied as a whole."""
+    name, out = f"copies<Copies::{how}>", zeros(64)
+    assert run(name, IN, out=out) == ""
+    assert torch.equal(out, zeros(64) if how == "memset" else IN)
+    errors = {-1: run(name, IN, out=out, number=-1)}
+    assert "writes 256 bytes at" in errors[-1]
+    assert "4 bytes past the end of out" in errors[-1]
+    if how != "memset":
+        errors[1] = run(name, IN, out=out, number=1)
+        assert re.search("reads 256 bytes at .* 4 bytes past the end of a", errors[1]), errors[1]
+    if how not in ("constant", "row"):
+        errors[2] = run(name, IN, out=out, number=2)
+        assert re.search("260 bytes at .* 4 bytes past the end of (a|out)", errors[2]), errors[2]
+    if how in ("memcpy", "memmove"):  # the input is long enough, the array is not
+        errors[3] = run(name, torch.arange(65.0), out=zeros(65), number=2)
+        assert "260 bytes of shared memory, 4 bytes past the end of tile" in errors[3]
+    for error in errors.values():
+        assert re.match(r"copies<.*>: block \(0, 0, 0\), thread \(0, 0, 0\)", error), error
+
+
 def test_alignment(run):
     x, out = torch.randn(68), zeros(64)
     assert run("vectors", x, out=out, number=4) == ""
@@ -303,7 +325,9 @@ def test_stacks_and_launches_have_a_size(run):
         assert run(name, out=out, number=bound) == ""
         assert not out.isnan().any()
         error = run(name, out=out, number=bound + 1)
-        says = "" if name == "unbounded" else rf"\({bound + 1}, 1, 1\), .*__launch_bounds__\({bound}\)"
+        says = (
+            "" if name == "unbounded" else rf"\({bound + 1}, 1, 1\), .*__launch_bounds__\({bound}\)"
+        )
         assert re.match(rf"{name}: invalid launch: .*block {says}", error), error
     # and after an error everything is as before
     test_block_sum(run, 3)

@@ -116,6 +116,26 @@ __global__ void shifted(const float* in, float* out, int read, int write) {
 
 __global__ void writes_its_input(float* in, float* out) { out[threadIdx.x] = in[threadIdx.x] = 1.0f; }
 
+struct Row {
+  float at[64];
+};
+
+enum class Copies { memcpy, memmove, memset, constant, row };
+
+// 64 floats and `more` bytes, by one thread: in -> shared -> out
+template <Copies HOW>
+__global__ void copies(const float* in, float* out, int more, int from, int to) {
+  __shared__ float tile[64];
+  const int bytes = 256 + more;
+  const float* source = in + from;
+  float* target = out + to;
+  if (HOW == Copies::memcpy) memcpy(tile, source, bytes), memcpy(target, tile, bytes);
+  if (HOW == Copies::memmove) memmove(tile, source, bytes), memmove(target, tile, bytes);
+  if (HOW == Copies::memset) memset(target, 0, bytes);
+  if (HOW == Copies::constant) memcpy(tile, source, 256), memcpy(target, tile, 256);
+  if (HOW == Copies::row) *reinterpret_cast<Row*>(target) = *reinterpret_cast<const Row*>(source);
+}
+
 __global__ void vectors(const float* in, float* out, int offset) {
   float values[4];
   load_vector(in + offset + 4 * threadIdx.x, values);
@@ -262,6 +282,9 @@ using Toy = std::function<void(const void*, const void*, void*, int)>;  // a, b,
 #define B array<float>(b)
 #define OUT array<float>(out)
 
+#define COPIES(how)                                                                              \
+  TOY(copies<Copies::how>, 1, 1, 0, A, OUT, n > 1 ? 4 : 0, n == 1 ? 1 : 0, n == -1 ? 1 : 0)
+
 const std::map<std::string, Toy> toys = {
     TOY(block_sums, n, 128, 0, A, OUT),
     TOY(order, 4, 64, 0, array<int>(out), array<int>(out) + 1),
@@ -287,6 +310,7 @@ const std::map<std::string, Toy> toys = {
     {"shifted_read", [](const void* a, const void*, void* out, int n) { DK_LAUNCH(shifted, 1, 64, 0, nullptr, A, OUT, n, 0); }},
     {"shifted_write", [](const void* a, const void*, void* out, int n) { DK_LAUNCH(shifted, 1, 64, 0, nullptr, A, OUT, 0, n); }},
     TOY(writes_its_input, 1, 64, 0, A, OUT),
+    COPIES(memcpy), COPIES(memmove), COPIES(memset), COPIES(constant), COPIES(row),
     TOY(vectors, 1, 16, 0, A, OUT, n),
     TOY(divergent_barrier, 1, 64, 0, OUT),
     TOY(divergent_shuffle, 1, 64, 0, OUT),
