@@ -195,9 +195,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int values = values_of(call), thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int chunks = (to.segment + ROWS - 1) / ROWS;
   const int64_t piece = blockIdx.x / chunks, first = piece * to.segment, at = blockIdx.x % chunks * int64_t{ROWS};
-  if (thread < ROWS) lines.set(thread, call, first + at + thread, at + thread < to.segment);
-  __syncthreads();
-  if (thread < ROWS) lines.read_statistics(thread, call);
+  if (thread < ROWS) {  // the other threads read them behind a barrier of make_dy
+    lines.set(thread, call, first + at + thread, at + thread < to.segment);
+    lines.read_statistics(thread, call);
+  }
 
   // the gradient of y: 64 channels of all tokens, in `stage`
   auto make_dy = [&](int c0) {
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     product.clear();
     for (int k0 = 0; k0 < values; k0 += DEPTH<T>) {
       const int depth = values - k0 < DEPTH<T> ? values - k0 : DEPTH<T>;
-      __syncthreads();
+      // the barrier that followed the tiles of the last offsets is behind their readers
       set_weight_rows(weights, call, k0, DEPTH<T>);
       set_places(places, call, k0, DEPTH<T>);
       __syncthreads();
@@ -362,7 +363,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float bias_sum = 0.0f;
   for (int64_t m = begin; m < end; m += DEPTH<T>) {
     const int depth = end - m < DEPTH<T> ? static_cast<int>(end - m) : DEPTH<T>;
-    __syncthreads();
+    // the barrier that followed the tiles of the last lines is behind their readers
     if (thread < DEPTH<T>) {
       lines.set(thread, call, m + thread, thread < depth);
       lines.read_statistics(thread, call);

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     product.clear();
     for (int k0 = 0; k0 < values; k0 += DEPTH<T>) {
       const bool gather = c0 == first || values > DEPTH<T>;
-      __syncthreads();
+      // the barrier that followed the tiles of the last offsets is behind their readers
       for (int i = thread; i < COLUMNS; i += kThreads) {
         weights[i] = c0 + i < channels ? static_cast<int64_t>(c0 + i) * values : -1;
       }
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   Product<T> product;
   product.clear();
   for (int c0 = 0; c0 < channels; c0 += DEPTH<T>) {
-    __syncthreads();
+    // the barrier that followed the tiles of the last offsets is behind their readers
     if (thread < DEPTH<T>) weights[thread] = c0 + thread < channels ? static_cast<int64_t>(c0 + thread) * values : -1;
     __syncthreads();
     fill_tile<T, ROWS, DEPTH<T>>(left, call.tokens, call.token_dtype, rows, c0, channels - c0, call.token_strides[2],
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float bias_sum = 0.0f;
   for (int64_t m = begin; m < end; m += DEPTH<T>) {
     const int depth = end - m < DEPTH<T> ? static_cast<int>(end - m) : DEPTH<T>;
-    __syncthreads();
+    // the barrier that followed the tiles of the last offsets is behind their readers
     if (thread < DEPTH<T>) {
       rows[thread] = thread < depth ? token_offset(call, m + thread) : -1;
       patches[thread] = thread < depth ? patch_offset(call, m + thread) : -1;
