@@ -104,8 +104,9 @@ __device__ inline void apply_affine(float (&n)[WIDTH], const Channels& weight, c
     for (int i = 0; i < WIDTH; ++i) n[i] = __fmul_rn(n[i], values[i]);
   }
   if (bias.data != nullptr) {
-    // torch's rms_norm has no bias: there it is a second op
-    if (eager && rms && bias.dtype == dtype) round_to(n, dtype);
+    // torch's rms_norm has no bias: there it is a second op, unless one of both is met in float32
+    const bool same = bias.dtype == dtype && (weight.data == nullptr || weight.dtype == dtype);
+    if (eager && rms && same) round_to(n, dtype);
     load_channels(values, bias.data, channel, bias.dtype);
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) n[i] = __fadd_rn(n[i], values[i]);

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_kernels import backends, testing
+from dit_kernels import backends, ops, testing
 from dit_kernels.ops import cuda_extension, triton_launch
 from tests.gpu.isolation import harms_no_other_test
 
@@ -150,7 +150,7 @@ def one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
-    """far(values, *strides): the values in memory whose samples lie 2^31 elements apart."""
+    """far(values, *strides): the values in memory whose samples lie 2^31 elements apart; else it is as theirs."""
     if triton_launch.INTERPRETED:
         from triton.runtime import interpreter  # needs numpy
 
@@ -159,6 +159,35 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
 
     def far(values: Tensor, *strides: int) -> Tensor:
         storage = torch.empty(2**31 + 4096, dtype=values.dtype)
+        strides = strides or values.stride()[1:]
         return storage.as_strided(values.shape, (2**31, *strides)).copy_(values)
 
     return far
+
+
+@pytest.fixture
+def agree_from_afar(
+    backend: str, far: Callable[..., Tensor], agree: Callable[..., None]
+) -> Callable[..., None]:
+    """Gradients of a call's last output where one argument and the cotangent have their samples so far apart."""
+
+    def agree_from_afar(function: str, name: str, /, **kwargs: Any) -> None:
+        with testing.plain_torch():
+            like = list(testing.run(function, kwargs, backward=False).outputs.values())[-1]
+        dy = torch.randn(like.shape).to(like.dtype)
+        distant, far_dy = {**kwargs, name: far(kwargs[name])}, far(dy)
+
+        def found(served: str | None, dtype: torch.dtype) -> Sequence[Tensor]:
+            values, cotangent = (distant, far_dy) if served == backend else (kwargs, dy)
+            if dtype == torch.float64:
+                values, cotangent = testing.converted(values, dtype), dy.double()
+            leaves = {
+                n: v.detach().requires_grad_() for n, v in values.items() if isinstance(v, Tensor)
+            }
+            made = getattr(ops, function)(**{**values, **leaves}, backend=served)
+            last = made if isinstance(made, Tensor) else [o for o in made if o is not None][-1]
+            return torch.autograd.grad(last, list(leaves.values()), cotangent)
+
+        agree(found)
+
+    return agree_from_afar

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_kernels import ops, testing
+from tests.kernels.rounding import settled_rows
 
 OP = "adaln"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,7 +72,15 @@ def test_frames_that_share_a_row_and_frames_that_do_not(check):
 
 @pytest.mark.parametrize(
     "only",
-    [("gate",), ("shift_table",), ("scale", "weight"), ("branch",), ("residual",), ("bias",)],
+    [
+        ("gate",),
+        ("shift_table",),
+        ("scale", "weight"),
+        ("branch",),
+        ("branch_weight",),
+        ("residual",),
+        ("bias",),
+    ],
     ids="-".join,
 )
 @pytest.mark.parametrize("channels", [40, 33])
@@ -79,7 +88,7 @@ def test_only_some_gradients(agree, only, channels):
     kwargs: dict[str, Any] = dict(
         residual=randn(2, 9, channels), branch=randn(2, 9, channels), gate=randn(2, channels),
         shift=randn(2, channels), shift_table=randn(channels), scale=randn(2, 9, channels),
-        weight=randn(channels), bias=randn(channels), branch_norm="rms",
+        weight=randn(channels), bias=randn(channels), branch_norm="rms", branch_weight=randn(channels),
     )  # fmt: skip
 
     def grads(backend: str | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -261,12 +270,62 @@ def test_eager_adaln_equals_eager_given_the_statistics(backend, form):
         assert torch.equal(got, expected)
 
 
+def by_eager(backend: str, function: str, kwargs: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """What this backend makes of a call with eager rounding, and what torch does."""
+    with testing.plain_torch():
+        expected = testing.run(function, kwargs).all()
+    return [testing.run(function, kwargs, rounding="eager", backend=backend).all(), expected]
+
+
+@pytest.mark.parametrize("affine", ["", "weight", "bias", "weight bias", "wide-weight bias"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_eager_adaln_equals_eager_on_settled_rows(backend, norm, dtype, affine):
+    """The outputs, and those gradients that are no sums: of modulation with a row a token."""
+    dtype, shape = DTYPES[dtype], (2, 12, 40)
+    weight = randn(40, dtype=torch.float32 if "wide" in affine else dtype)
+    affine = {
+        n: v for n, v in dict(weight=weight, bias=randn(40, dtype=dtype)).items() if n in affine
+    }
+    x = settled_rows(24, norm, dtype, 40, **affine).view(shape)
+    modulation = {n: randn(*shape, dtype=dtype) for n in ("shift", "scale", "shift2", "scale2")}
+    for names in (("shift", "scale"), modulation):
+        rows = {name: modulation[name] for name in names}
+        got, expected = by_eager(backend, "adaln", dict(x=x, norm=norm, **affine, **rows))
+        for name in (n for n in expected if n.startswith("out") or n[1:] in rows):
+            assert torch.equal(got[name], expected[name]), name
+
+
+@pytest.mark.parametrize("weight", [None, "fp32", "bf16"])
+def test_eager_sandwich_norm_equals_eager_on_settled_rows(backend, weight):
+    dtype, shape = torch.bfloat16, (2, 12, 40)
+    weight = None if weight is None else randn(40, dtype=DTYPES[weight])
+    branch = settled_rows(24, "rms", dtype, 40, weight).view(shape)
+    residual, gate = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
+    got, expected = by_eager(backend, "gated_residual", dict(
+        residual=residual, branch=branch, gate=gate, branch_norm="rms", branch_weight=weight))  # fmt: skip
+    for name in ("out0", "dresidual", "dgate"):
+        assert torch.equal(got[name], expected[name]), name
+
+
 @pytest.mark.parametrize("channels", [40, 33])
 def test_offsets_beyond_two_to_the_31(backend, channels, far):
     values, rows = randn(2, 3, channels).bfloat16(), randn(2, channels).bfloat16()
     x, shift = far(values, 40, 1), far(rows, 1)
     y = ops.adaln(x, shift, backend=backend)
     assert torch.equal(y, ops.adaln(values, rows, backend=backend))
+
+
+@pytest.mark.parametrize("channels", [40, 33])
+@pytest.mark.parametrize(
+    ("function", "name"), [("adaln", "x"), ("gated_adaln", "residual"), ("gated_adaln", "branch")]
+)
+def test_offsets_beyond_two_to_the_31_in_backward(agree_from_afar, function, name, channels):
+    names = ("x",) if function == "adaln" else ("residual", "branch")
+    tokens = {name: randn(2, 3, channels, dtype=torch.bfloat16) for name in names}
+    rows = {name: randn(2, channels, dtype=torch.bfloat16) for name in ("shift", "scale")}
+    gate = {} if function == "adaln" else {"gate": rows["shift"]}
+    agree_from_afar(function, name, **tokens, **rows, **gate)
 
 
 def test_float64_is_not_served(backend):

@@ -224,7 +224,8 @@ def adaln_bwd_kernel(
         if dresidual_ptr is not None:
             _store(dresidual_ptr, out_row, dx, C, PARTS)
 
-        if dbranch_ptr is not None or gate_sums_ptr is not None or dgate_ptr is not None:
+        wants_branch: tl.constexpr = dbranch_ptr is not None or branch_weight_sums_ptr is not None
+        if wants_branch or gate_sums_ptr is not None or dgate_ptr is not None:
             if branch_ptr is not None:
                 branch_row = sample * VEC * branch_sb + n * VEC * branch_sn
                 branch = _load(branch_ptr, branch_row, branch_sc, C, PARTS, UNIT)
@@ -250,7 +251,7 @@ def adaln_bwd_kernel(
                     gate_sums = _plus(gate_sums, dgate, PARTS)
                 if dgate_ptr is not None:
                     _store(dgate_ptr, out_row, dgate, C, PARTS)
-            if dbranch_ptr is not None or branch_weight_sums_ptr is not None:
+            if wants_branch:
                 db = ()
                 for i in tl.static_range(len(PARTS)):
                     part = dx[i].to(tl.float32)

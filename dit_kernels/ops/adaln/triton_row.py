@@ -140,7 +140,10 @@ def _affine(
     if len(weight) > 0:
         n = n * weight[i].to(tl.float32)
     if len(bias) > 0:
-        if RMS and bias[i].dtype == DTYPE:
+        wide: tl.constexpr = (
+            bias[i].dtype if len(weight) == 0 else _promote(weight[i].dtype, bias[i].dtype)
+        )
+        if RMS and wide == DTYPE:
             n = _as(n, DTYPE, EAGER).to(tl.float32)  # torch's rms_norm has no bias: two ops
         n = n + bias[i].to(tl.float32)
     return _as(n, DTYPE, EAGER)
