@@ -189,7 +189,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     if (weight_sums != nullptr) product.template add<true, true>(left, right, depth);
     if (bias_sums != nullptr && k0 == 0 && thread < ROWS && c0 + thread < channels) {
-      for (int i = 0; i < depth; ++i) bias_sum += to_float(left[i * STRIDE<T, ROWS> + thread]);
+      // a sum of its own for each tile, as the product has
+      float sum = 0.0f;
+      for (int i = 0; i < depth; ++i) sum += to_float(left[i * STRIDE<T, ROWS> + thread]);
+      bias_sum += sum;
     }
   }
   if (bias_sums != nullptr && k0 == 0 && thread < ROWS && c0 + thread < channels) {

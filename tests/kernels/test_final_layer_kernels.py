@@ -106,6 +106,12 @@ def test_views(check):
     )
 
 
+def test_groups_of_tokens_that_end_within_16_bytes_of_a_row(check):
+    """Eight tokens are 16 bytes of the video, and four share a row of the modulation."""
+    kwargs = layer((1, 2, 8), (1, 1, 1), 8, 24, dtype=torch.bfloat16)
+    check(OP, **{**kwargs, "scale": torch.randn(1, 4, 24).bfloat16()})
+
+
 def test_mixed_dtypes(check):
     kwargs = layer((1, 3, 4), (1, 2, 2), 3, 40)
     check(OP, **{**kwargs, "x": kwargs["x"].bfloat16()})
@@ -130,6 +136,36 @@ def test_a_gradient_of_other_strides_and_only_what_is_asked_for(backend, agree):
         assert torch.equal(alone, expected)
 
 
+@pytest.mark.usefixtures("one_multiprocessor")
+def test_the_biass_gradient_over_thousands_of_tokens(agree):
+    """One program adds them up: one number after the other would lose more than eager does."""
+    kwargs = layer((1, 1, 4096), (1, 2, 2), 16, 8)
+    dvideo = torch.randn(1, 16, 1, 2, 8192)
+
+    def grads(served, dtype):
+        values = testing.converted(kwargs, dtype)
+        values["bias"] = values["bias"].detach().requires_grad_()
+        video = ops.final_layer(**values, backend=served)
+        return torch.autograd.grad(video, values["bias"], dvideo.to(dtype))
+
+    agree(grads)
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("weight",), ("x", "weight")], ids="-".join)
+def test_some_gradients_with_a_row_of_the_scale_a_token(agree, wanted):
+    kwargs = layer((1, 3, 4), (1, 2, 2), 3, 16, 2)
+    kwargs["scale"] = torch.randn(2, 12, 16)
+    dvideo = torch.randn(2, 3, 1, 6, 8)
+
+    def grads(served, dtype):
+        values = testing.converted(kwargs, dtype)
+        leaves = {name: values[name].detach().requires_grad_() for name in wanted}
+        video = ops.final_layer(**{**values, **leaves}, backend=served)
+        return torch.autograd.grad(video, list(leaves.values()), dvideo.to(dtype))
+
+    agree(grads)
+
+
 @pytest.mark.parametrize(("samples", "grid"), [(0, (1, 2, 3)), (2, (1, 0, 3))])
 def test_empty(backend, samples, grid):
     kwargs = layer(grid, (1, 2, 2), 3, 16, samples)
@@ -148,6 +184,12 @@ def test_offsets_beyond_two_to_the_31(backend, far):
     expected = ops.final_layer(**kwargs, backend=backend)
     kwargs["x"] = far(kwargs["x"], 24, 1)
     assert torch.equal(ops.final_layer(**kwargs, backend=backend), expected)
+
+
+@pytest.mark.parametrize("width", [24, 20])
+@pytest.mark.parametrize("name", ["x", "scale"])
+def test_offsets_beyond_two_to_the_31_in_backward(agree_from_afar, name, width):
+    agree_from_afar(OP, name, **layer((1, 2, 4), (1, 2, 2), 2, width, 2, torch.bfloat16))
 
 
 def test_float64_is_not_served(backend):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dit_kernels import ops, testing
+from dit_kernels.ops import cuda_extension
 
 OP = "patch_embed"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,6 +62,22 @@ def test_programs_that_walk_over_several_tiles(check):
     )
 
 
+@pytest.mark.parametrize("values", [24, 72])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_blocks_that_keep_their_patches_for_some_of_the_channels(backend, values, dtype):
+    """So many patches that a CUDA block takes two column blocks of four: in one step of its depth, or in several."""
+    dtype = DTYPES[dtype]
+    blocks = 2 * cuda_extension.multiprocessors(torch.empty(0)) if backend == "cuda" else 2
+    kwargs = dict(
+        video=torch.randn(1, values, 1, 16 * blocks, 8).to(dtype),
+        weight=torch.randn(200, values, 1, 1, 1).to(dtype),
+        bias=torch.randn(200).to(dtype),
+    )
+    case = testing.Case(OP, "", OP, kwargs)
+    (measured,) = testing.measure(case, backend=backend, backward=False)
+    assert measured.ok, measured
+
+
 @every_dtype
 def test_channels_last(check, dtype):
     video = torch.randn(2, 4, 6, 6, 3).to(dtype).permute(0, 4, 1, 2, 3)
@@ -85,6 +102,42 @@ def test_views(check):
         weight=weight.transpose(3, 4),
         bias=torch.randn(60)[::2],
         pos_embed=torch.randn(30, 96).t(),
+    )
+
+
+def from_second(value):
+    """The same values, starting one element behind an address that an allocator gave."""
+    return torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape).copy_(value)
+
+
+@pytest.mark.parametrize("name", ["video", "weight", "bias", "pos_embed"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_one_tensor_that_starts_at_no_multiple_of_16_bytes(check, name, dtype):
+    kwargs = dict(
+        video=torch.randn(1, 4, 1, 8, 16), weight=torch.randn(24, 4, 1, 2, 2), bias=torch.randn(24),
+        pos_embed=torch.randn(32, 24),
+    )  # fmt: skip
+    kwargs = testing.converted(kwargs, DTYPES[dtype])
+    check(OP, **{**kwargs, name: from_second(kwargs[name])})
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("width", "pitch"), [(12, 16), (16, 17), (16, 20), (16, 24)])
+def test_rows_of_a_video_further_apart_than_they_are_long(check, width, pitch, dtype):
+    """Of 3 or 4 patches of 4 pixels: in bfloat16 16 bytes are two of them."""
+    video = torch.randn(2, 3, 1, 16, pitch).to(DTYPES[dtype])[..., :width]
+    check(OP, video=video, weight=torch.randn(24, 3, 1, 2, 4).to(DTYPES[dtype]))
+    check(OP, video=video, weight=torch.randn(24, 3, 1, 2, 2).to(DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_position_table_whose_rows_are_apart(check, dtype):
+    table = torch.randn(8, 30).to(DTYPES[dtype])[:, :24]
+    check(
+        OP,
+        video=torch.randn(1, 4, 1, 4, 8).to(DTYPES[dtype]),
+        weight=torch.randn(24, 4, 1, 2, 2).to(DTYPES[dtype]),
+        pos_embed=table,
     )
 
 
@@ -117,6 +170,24 @@ def test_only_the_bias(backend):
     assert torch.equal(dbias, torch.full((10,), 6.0))
 
 
+@pytest.mark.usefixtures("one_multiprocessor")
+def test_the_biass_gradient_over_thousands_of_tokens(agree):
+    """One program adds them up: one number after the other would lose more than eager does."""
+    video, weight, bias = (
+        torch.randn(1, 1, 1, 1, 4096),
+        torch.randn(64, 1, 1, 1, 1),
+        torch.randn(64),
+    )
+    dtokens = torch.randn(1, 4096, 64)
+
+    def grads(served, dtype):
+        leaf = bias.to(dtype, copy=True).requires_grad_()
+        tokens = ops.patch_embed(video.to(dtype), weight.to(dtype), leaf, backend=served)
+        return torch.autograd.grad(tokens, leaf, dtokens.to(dtype))
+
+    agree(grads)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 1, 4, 6), (2, 3, 0, 4, 6)])
 def test_empty(backend, shape):
     video, weight = torch.randn(shape, requires_grad=True), torch.randn(10, 3, 1, 2, 2)
@@ -139,6 +210,24 @@ def test_offsets_beyond_two_to_the_31(backend, far):
     weight = torch.randn(16, 3, 1, 2, 2).bfloat16()
     got = ops.patch_embed(far(video, 32, 32, 8, 1), weight, backend=backend)
     assert torch.equal(got, ops.patch_embed(video, weight, backend=backend))
+
+
+@pytest.mark.parametrize("channels", [16, 15])
+@pytest.mark.parametrize("name", ["video", "pos_embed"])
+def test_offsets_beyond_two_to_the_31_in_backward(agree_from_afar, name, channels):
+    """Rows of 16 bytes and others. The rows of the table are as far apart as the samples."""
+    kwargs = dict(
+        video=torch.randn(2, 3, 1, 2, 8), weight=torch.randn(channels, 3, 1, 2, 4),
+        pos_embed=torch.randn(2, channels),
+    )  # fmt: skip
+    agree_from_afar(OP, name, **testing.converted(kwargs, torch.bfloat16))
+
+
+def test_a_position_table_whose_rows_are_2_to_the_31_apart(backend, far):
+    video = torch.randn(2, 3, 1, 2, 8).bfloat16()
+    weight, table = torch.randn(16, 3, 1, 2, 4).bfloat16(), torch.randn(2, 16).bfloat16()
+    got = ops.patch_embed(video, weight, pos_embed=far(table), backend=backend)
+    assert torch.equal(got, ops.patch_embed(video, weight, pos_embed=table, backend=backend))
 
 
 def test_float64_is_not_served(backend):
