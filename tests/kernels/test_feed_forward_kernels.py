@@ -115,6 +115,12 @@ def test_programs_that_walk_over_several_tiles(check, function, options):
     check(function, x=torch.randn(150, 18), bias=torch.randn(18), **options)
 
 
+@every_act
+@pytest.mark.parametrize("width", [32, 18])
+def test_offsets_beyond_two_to_the_31(agree_from_afar, function, options, width):
+    agree_from_afar(function, "x", x=torch.randn(2, 5, width).bfloat16(), **options)
+
+
 def test_what_is_not_served(backend):
     with pytest.raises(RuntimeError, match="float64"):
         ops.gelu_bias(torch.randn(2, 4, dtype=torch.float64), backend=backend)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dit_kernels import ops, testing
+from tests.kernels.rounding import settled_rows
 
 OP = "qk_norm_rope"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -145,6 +146,26 @@ def test_eager_rounding_is_equal_where_nothing_is_reduced(backend, layout, dtype
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("affine", ["", "weight", "bias", "weight bias", "wide-weight bias"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize(("over", "layout"), [("head", "interleaved"), ("hidden", "half")])
+def test_eager_rounding_is_equal_on_settled_rows(backend, over, layout, norm, dtype, affine):
+    """The output, and the gradients of angles of which each turns one pair: a sum of two exact products."""
+    dtype, rows, width = DTYPES[dtype], *((24, 16) if over == "head" else (8, 48))
+    weight = torch.randn(width).to(torch.float32 if "wide" in affine else dtype)
+    bias = torch.randn(width).to(dtype)
+    affine = {n: v for n, v in {"weight": weight, "bias": bias}.items() if n in affine}
+    q = settled_rows(rows, norm, dtype, width, **affine).view(2, 4, 3, 16)
+    kwargs = dict(q=q, norm=norm, over=over, act="relu", layout=layout, **angles(2, 4, 3, 8))
+    kwargs |= {f"q_{name}": value for name, value in affine.items()}
+    got = testing.run(OP, kwargs, rounding="eager", backend=backend).all()
+    with testing.plain_torch():
+        expected = testing.run(OP, kwargs).all()
+    for name in ("out0", "dcos", "dsin"):
+        assert torch.equal(got[name], expected[name]), name
+
+
 def test_views(check):
     wide = torch.randn(3, 2, 6, 40).permute(1, 2, 0, 3)
     check(OP, q=wide[..., :16], k=wide[:, :, :1, 20:36], **angles(6, 8))
@@ -166,6 +187,26 @@ def test_a_row_whose_heads_are_a_head_dim_apart_in_memory(check, apart):
     check(
         OP, q=torch.randn(2, 5, 4, 16), k=k, over="hidden", k_weight=torch.randn(64), **angles(5, 8)
     )
+
+
+@every_dtype
+@pytest.mark.parametrize("over", ["head", "hidden"])
+def test_padded_heads(check, over, dtype):
+    """Rows of 16 bytes, of which one head does not end where the next begins."""
+    wide = torch.randn(2, 5, 3, 24).to(dtype)
+    weight = torch.randn(16 if over == "head" else 48).to(dtype)
+    check(OP, q=wide[..., :16], q_weight=weight, over=over, **angles(5, 8))
+    check(OP, q=wide[..., 8:], q_weight=weight, over=over, layout="half", **angles(5, 8))
+
+
+@every_dtype
+@pytest.mark.parametrize("name", ["q", "q_weight", "q_bias", "cos", "sin"])
+def test_one_tensor_that_starts_at_no_multiple_of_16_bytes(check, name, dtype):
+    kwargs = dict(q=torch.randn(2, 5, 2, 16), q_weight=torch.randn(16), q_bias=torch.randn(16))
+    kwargs = testing.converted(kwargs, dtype) | angles(5, 8)
+    value = kwargs[name]
+    off = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape).copy_(value)
+    check(OP, **{**kwargs, name: off})
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -209,6 +250,23 @@ def test_offsets_beyond_two_to_the_31(backend, dim, far):
     x, table = torch.randn(2, 3, 2, dim).bfloat16(), angles(3, 7)
     got, _ = ops.qk_norm_rope(far(x, 32, 16, 1), **table, backend=backend)
     expected, _ = ops.qk_norm_rope(x, **table, backend=backend)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dim", [16, 15])
+@pytest.mark.parametrize("over", ["head", "hidden"])
+def test_offsets_beyond_two_to_the_31_in_backward(agree_from_afar, over, dim):
+    q, table = torch.randn(2, 3, 2, dim).bfloat16(), angles(3, 7 if dim == 15 else 8)
+    weight = torch.randn(dim if over == "head" else 2 * dim).bfloat16()
+    agree_from_afar(OP, "q", q=q, q_weight=weight, over=over, **table)
+
+
+@pytest.mark.parametrize("dim", [16, 15])
+def test_a_table_whose_samples_are_2_to_the_31_apart(backend, far, dim):
+    q = torch.randn(2, 3, 2, dim).bfloat16()
+    table = {n: t.bfloat16() for n, t in angles(2, 3, 1, 7 if dim == 15 else 8).items()}
+    got, _ = ops.qk_norm_rope(q, **{n: far(t) for n, t in table.items()}, backend=backend)
+    expected, _ = ops.qk_norm_rope(q, **table, backend=backend)
     assert torch.equal(got, expected)
 
 

@@ -79,6 +79,29 @@ def test_a_gradient_of_other_strides(backend):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize(("grid", "channels"), [((1, 4, 3), 3), ((2, 3, 3), 3), ((1, 2, 3), 512)])
+@pytest.mark.parametrize("padding", [1, 2, 10])
+@every_dtype
+def test_a_gradient_whose_rows_are_padded(backend, grid, channels, padding, dtype):
+    """Rows of 6 pixels; in CUDA a block has all patches of a row, or of the long ones two and then one."""
+    options = dict(grid=grid, patch_size=(1, 2, 2), channels=channels)
+    values, count = 4 * channels, grid[0] * grid[1] * grid[2]
+    tokens = torch.randn(2, count, values).to(dtype).requires_grad_()
+    wide = torch.randn(2, channels, grid[0], 2 * grid[1], 6 + padding).to(dtype)
+    found = []
+    for served in (backend, "reference"):
+        video = ops.unpatchify(tokens, **options, backend=served)
+        found += torch.autograd.grad(video, tokens, wide[..., :6])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+@every_dtype
+def test_tokens_that_start_at_no_multiple_of_16_bytes(equal, offset, dtype):
+    tokens = torch.randn(2 * 24 * 16 + offset).to(dtype)[offset:].view(2, 24, 16)
+    equal(tokens=tokens, grid=(1, 4, 6), patch_size=(1, 2, 2), channels=4)
+
+
 @pytest.mark.parametrize(("samples", "grid"), [(0, (1, 2, 3)), (2, (0, 2, 3)), (1, (1, 2, 0))])
 def test_empty(equal, samples, grid):
     tokens = torch.randn(samples, grid[0] * grid[1] * grid[2], 16)
@@ -90,6 +113,14 @@ def test_offsets_beyond_two_to_the_31(backend, far):
     tokens = torch.randn(2, 8, 16).bfloat16()
     got = ops.unpatchify(far(tokens, 16, 1), **options)
     assert torch.equal(got, ops.unpatchify(tokens, **options))
+
+
+@pytest.mark.parametrize("channels", [4, 3])
+def test_offsets_beyond_two_to_the_31_in_backward(agree_from_afar, channels):
+    tokens = torch.randn(2, 6, 4 * channels).bfloat16()
+    agree_from_afar(
+        OP, "tokens", tokens=tokens, grid=(1, 2, 3), patch_size=(1, 2, 2), channels=channels
+    )
 
 
 def test_what_is_not_served(backend):
