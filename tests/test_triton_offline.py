@@ -55,6 +55,19 @@ def test_every_form_compiles(case, rounding):
         launch.compile("sm_90")
 
 
+@pytest.mark.parametrize("weight", [None, torch.bfloat16, torch.float32])
+def test_an_rms_norm_with_a_bias_compiles(weight):
+    channels = 72
+    x, bias = torch.empty(2, 5, channels).bfloat16(), torch.empty(channels).bfloat16()
+    scale = torch.empty(2, 5, channels).bfloat16()
+    weight = None if weight is None else torch.empty(channels, dtype=weight)
+    kwargs = dict(x=x, scale=scale, weight=weight, bias=bias, norm="rms")
+    with offline.recorded() as launches:
+        testing.run("adaln", kwargs, backend="triton", rounding="eager")
+    for launch in launches:
+        launch.compile("sm_90")
+
+
 @pytest.mark.parametrize("rounding", ["once", "eager"])
 def test_eager_rounding_has_no_fused_multiply_add(rounding):
     """Eager rounds a product before it adds to it, in float32 too; Triton's default for the fusion varies."""
