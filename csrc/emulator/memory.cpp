@@ -76,8 +76,10 @@ bool ordered(const Stamp& before, const Thread& t) {
 
 [[noreturn]] void race(Thread& t, const Shared& shared, uintptr_t p, const char* does, const char* did, const Stamp& other,
                        const void* code) {
-  stop(t, text("race on shared memory: it %s byte %zu of the %s, which thread %s %s, with no barrier between", does,
-               size_t(p - shared.begin), &shared == &t.worker->dynamic ? "dynamic part" : "static part",
+  const bool dynamic = &shared == &t.worker->dynamic;
+  const Variable variable = dynamic ? Variable{} : variables[(p - shared.begin) / SHARED_ALIGNMENT];
+  stop(t, text("race on shared memory: it %s byte %zu of %s, which thread %s %s, with no barrier between", does,
+               size_t(p - shared.begin) - variable.begin, dynamic ? "the dynamic part" : variable_name(variable).c_str(),
                who(*t.worker, other.thread & THREAD).c_str(), did),
        code);
 }

@@ -208,7 +208,7 @@ def test_outputs_and_shared_memory_start_as_nan(run):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("reverses<false>", r"race on shared memory: it (reads|writes) byte \d+ .*no barrier between"),
+        ("reverses<false>", r"race on shared memory: it (reads|writes) byte \d+ of tile, .*no barrier between"),
         ("reverses_in_warps<false>", r"race on shared memory: it (reads|writes)"),
         ("overwrites<false>", r"race on shared memory: it (writes|reads)"),
         ("prefetches<Async::no_barrier>", r"asynchronous copy .* has not landed|race on shared"),
