@@ -235,10 +235,19 @@ __forceinline__ void __stcg(T* address, T value) {
 }
 
 // Synchronisation
-inline void __syncthreads() { ::emulator::barrier(0, 0, true); }
-inline int __syncthreads_count(int predicate) { return ::emulator::block_count(predicate != 0); }
-inline int __syncthreads_or(int predicate) { return __syncthreads_count(predicate) > 0; }
-inline int __syncthreads_and(int predicate) { return __syncthreads_count(!predicate) == 0; }
+// All threads of a block must come to the same __syncthreads, which its file and line tell apart.
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  ::emulator::barrier(0, 0, true, {file, line});
+}
+inline int __syncthreads_count(int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return ::emulator::block_count(predicate != 0, {file, line});
+}
+inline int __syncthreads_or(int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return __syncthreads_count(predicate, file, line) > 0;
+}
+inline int __syncthreads_and(int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return __syncthreads_count(!predicate, file, line) == 0;
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu) { ::emulator::warp_barrier(mask); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}

@@ -86,6 +86,7 @@ struct Warp {
 
 struct Barrier {
   int expected = 0, arrived = 0;
+  Place place{};  // of those that have arrived
   std::vector<Thread*> waiting;
 };
 

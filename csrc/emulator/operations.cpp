@@ -60,6 +60,11 @@ void each_lane(const Meeting& m, Do action) {
     if (m.mask >> i & 1) action(i);
 }
 
+std::string line_of(const Place& place) {
+  const char* file = strrchr(place.file, '/');
+  return text("%s:%d", file ? file + 1 : place.file, place.line);
+}
+
 void advance_clocks(Meeting& m) {
   uint16_t latest = 0;
   each_lane(m, [&](int i) { latest = std::max(latest, m.lanes[i]->clock); });
@@ -156,7 +161,7 @@ int64_t reduce(Reduce kind, unsigned mask, int64_t value) {
 
 void warp_barrier(unsigned mask) { meet("__syncwarp", mask, nullptr, nullptr, advance_clocks); }
 
-void barrier(int id, int threads, bool wait_here) {
+void barrier(int id, int threads, bool wait_here, Place place) {
   Thread& t = self();
   Worker& w = *t.worker;
   static const char* const names[2] = {"__syncthreads", "a named barrier"};
@@ -167,6 +172,11 @@ void barrier(int id, int threads, bool wait_here) {
   Barrier& barrier = w.barriers[id];
   if (barrier.arrived && barrier.expected != expected)
     stop(t, text("barrier %d for %d threads, while others wait there for %d", id, expected, barrier.expected));
+  if (!barrier.arrived) barrier.place = place;
+  const Place& first = barrier.place;
+  if (place.file && first.file && (place.line != first.line || strcmp(place.file, first.file)))
+    stop(t, text("__syncthreads of %s, while %d threads of the block wait at that of %s", line_of(place).c_str(),
+                 barrier.arrived, line_of(first).c_str()));
   barrier.expected = expected;
   if (++barrier.arrived < expected) {
     if (!wait_here) return;
@@ -181,11 +191,11 @@ void barrier(int id, int threads, bool wait_here) {
   barrier.waiting.clear();
 }
 
-int block_count(bool predicate) {
+int block_count(bool predicate, Place place) {
   Worker& w = *self().worker;
   w.count += predicate;
   if (++w.counted == int(w.threads)) w.count_result = w.count, w.count = w.counted = 0;
-  barrier(0, 0, true);
+  barrier(0, 0, true, place);
   return self().worker->count_result;
 }
 

@@ -72,9 +72,16 @@ int64_t reduce(Reduce kind, unsigned mask, int64_t value);
 void warp_barrier(unsigned mask);
 unsigned active_mask();
 
+// Where a barrier is in the source: two threads that meet there from two calls of one function, or from two
+// copies of it that the compiler made, are at one place. Named barriers have none: PTX lets any of them meet.
+struct Place {
+  const char* file;
+  int line;
+};
+
 // bar.sync (wait) and bar.arrive. `threads` 0 stands for the whole block.
-void barrier(int id, int threads, bool wait);
-int block_count(bool predicate);  // __syncthreads_count
+void barrier(int id, int threads, bool wait, Place place = {});
+int block_count(bool predicate, Place place);  // __syncthreads_count
 
 // Says that the running thread touches this memory, as an instrumented access would.
 void touch(const void* address, size_t bytes, bool write);

@@ -249,6 +249,20 @@ def test_atomics_race_with_what_is_none(run, seed, threads):
         )
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_all_threads_come_to_one_barrier(run, seed):
+    assert run("two_barriers", out=zeros(64), number=2, seed=seed) == ""
+    error = run("two_barriers", out=zeros(64), number=1, seed=seed)
+    assert re.match(
+        r"two_barriers: block \(0, 0, 0\), thread \(\d+, 0, 0\).*: __syncthreads of toys.cu:(\d+), "
+        r"while \d+ threads of the block wait at that of toys.cu:(?!\1)\d+",
+        error,
+    ), error
+    out = zeros(64)
+    assert run("shared_barriers", IN, out=out, seed=seed) == ""
+    assert torch.equal(out, torch.full_like(out, 2 * float(IN.sum() + 64)))
+
+
 def test_addresses(run):
     out = zeros(64)
     assert run("shifted_read", IN, out=out) == ""

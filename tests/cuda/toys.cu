@@ -147,6 +147,30 @@ __global__ void divergent_barrier(float* out) {
   out[threadIdx.x] = 1.0f;
 }
 
+// Each thread comes to a barrier, but not to the same
+__global__ void two_barriers(float* out, int warps) {
+  if (int(threadIdx.x) < 32 * warps) {
+    out[threadIdx.x] = 1.0f;
+    __syncthreads();
+  } else {
+    out[threadIdx.x] = 2.0f;
+    __syncthreads();
+  }
+}
+
+// One barrier for all, which the compiler may copy into both of its neighbours' branches, and a function's in two calls
+__global__ void shared_barriers(const float* in, float* out) {
+  __shared__ float partial[2][4];
+  float sum;
+  if (threadIdx.x < 40) sum = 1.0f;
+  else sum = in[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x < 40) sum += in[threadIdx.x];
+  else sum += 1.0f;
+  sum = block_sum<2>(sum, partial[0]) + block_sum<2>(sum, partial[1]);
+  out[threadIdx.x] = sum;
+}
+
 __global__ void divergent_shuffle(float* out) {
   float value = 1.0f;
   if (threadIdx.x % 32 != 7) value = __shfl_xor_sync(0xffffffffu, value, 1);
@@ -313,6 +337,8 @@ const std::map<std::string, Toy> toys = {
     COPIES(memcpy), COPIES(memmove), COPIES(memset), COPIES(constant), COPIES(row),
     TOY(vectors, 1, 16, 0, A, OUT, n),
     TOY(divergent_barrier, 1, 64, 0, OUT),
+    TOY(two_barriers, 1, 64, 0, OUT, n),
+    TOY(shared_barriers, 1, 64, 0, A, OUT),
     TOY(divergent_shuffle, 1, 64, 0, OUT),
     TOY(shuffle_after_return, 1, 64, 0, OUT),
     TOY(shuffle_outside_its_mask, 1, 64, 0, OUT),
