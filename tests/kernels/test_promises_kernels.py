@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from dit_kernels import backends, ops, testing
 from tests.test_promises import (  # noqa: F401
+    every_case,
+    in_dtype,
     test_a_new_length_does_not_recompile,
     test_autocast_keeps_the_gradients_dtypes,
     test_deterministic,
@@ -128,3 +131,18 @@ def test_second_derivatives(function):
         eager = second(torch.float32, None)
     for name, exact in oracle.items():
         testing.assert_accurate(actual[name], exact, eager[name], name)
+
+
+@every_case
+def test_each_gradient_alone(backend, name):
+    """By the accuracy rule: which tensors want a gradient decides what a kernel reads, adds up and writes."""
+    case = in_dtype(name, torch.float32)
+    exact = testing.converted(case.kwargs, torch.float64)
+    oracle = testing.run(case.function, exact, backend="reference").grads
+    with testing.plain_torch():
+        eager = testing.run(case.function, case.kwargs).grads
+    for tensor in oracle:
+        others = {n: v for n, v in case.kwargs.items() if n != tensor}
+        call = functools.partial(getattr(ops, case.function), **others, backend=backend)
+        (alone,) = testing.run(call, {tensor: case.kwargs[tensor]}).grads.values()
+        testing.assert_accurate(alone, oracle[tensor], eager[tensor], tensor)
