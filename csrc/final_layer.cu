@@ -195,10 +195,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int values = values_of(call), thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int chunks = (to.segment + ROWS - 1) / ROWS;
   const int64_t piece = blockIdx.x / chunks, first = piece * to.segment, at = blockIdx.x % chunks * int64_t{ROWS};
-  if (thread < ROWS) {  // the other threads read them behind a barrier of make_dy
-    lines.set(thread, call, first + at + thread, at + thread < to.segment);
-    lines.read_statistics(thread, call);
-  }
+  if (thread < ROWS) lines.set(thread, call, first + at + thread, at + thread < to.segment);
+  __syncthreads();  // a thread reads its own line next: this is only what keeps sm_90a from spilling in float32
+  if (thread < ROWS) lines.read_statistics(thread, call);
 
   // the gradient of y: 64 channels of all tokens, in `stage`
   auto make_dy = [&](int c0) {
