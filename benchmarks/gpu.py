@@ -2,7 +2,7 @@
 
     python3 -m benchmarks.gpu [build test bench-attention ...] [--seconds 570]
 
-Needs torch, triton and pytest; nvcc, cmake, ninja and pybind11 for the build. Stages share the seconds in
+Needs torch, triton, numpy and pytest; nvcc, cmake, ninja and pybind11 for the build. Stages share the seconds in
 proportion to their weights: what one leaves over the later ones get, and stages that are picked by name get
 all. Each writes its results and its log as it goes and cannot stop the next. One that is over its time gets a
 Ctrl-C, so that pytest says what failed, and is then killed with all that it started. A benchmark that a kernel

@@ -67,7 +67,7 @@ sys.exit(pytest.main(collect))
 """
 
 
-def test_what_a_bare_gpu_machine_runs_needs_torch_triton_and_pytest_only():
+def test_what_a_bare_gpu_machine_runs_needs_torch_triton_numpy_and_pytest_only():
     run = subprocess.run(
         python(BARE), cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
